@@ -1,0 +1,165 @@
+"""Every setting, one frozen section per process. Read once, in `cli`; no flag travels further than these values.
+
+Order of precedence: command-line flag, `SPOTSERVE_*` environment variable (`SPOTSERVE_GATEWAY__PORT=9000`), the TOML file
+named by `--config` or `SPOTSERVE_CONFIG`, the default below.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from spotserve.core.errors import ConfigError
+
+DEMO_MODEL = Path(__file__).parent / "demo" / "models" / "target"
+"""The small model that ships."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and a misspelt name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineSettings(Section):
+    """How one replica computes."""
+
+    model: str = str(DEMO_MODEL)
+    """A local folder in Hugging Face format, or a hub id."""
+    served_name: str | None = None
+    """What clients call the model; None: the last part of `model`."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    max_batch: int = Field(32, ge=1)
+    """Sequences that run at once."""
+    max_step_tokens: int = Field(256, ge=16)
+    """Tokens computed in one step, prompts and drafts included: longer prompts are cut into chunks."""
+    block_tokens: int = Field(16, ge=1)
+    """Tokens per block of the paged KV cache."""
+    kv_tokens: int = Field(32_768, ge=64)
+    """Tokens that the KV cache holds in all."""
+    threads: int = Field(1, ge=1)
+    """Compute threads per instance."""
+    speculation: str = Field("adaptive", pattern=r"^(off|adaptive|ngram:[1-9][0-9]?)$")
+    """`off`; `adaptive`: the system chooses; `DRAFTER:K`: this drafter, at most K tokens per sequence and step."""
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        if self.served_name is not None:
+            return self.served_name
+        return "spotserve-demo" if Path(self.model) == DEMO_MODEL else Path(self.model).name
+
+
+class GatewaySettings(Section):
+    """The OpenAI-compatible front."""
+
+    host: str = "127.0.0.1"
+    """Nothing listens beyond loopback unless asked."""
+    port: int = Field(8000, ge=0, le=65535)
+    """0: any free port."""
+    api_key: str | None = None
+    """What clients must send as `Authorization: Bearer`; None: anyone who reaches the port is served."""
+    max_queued: int = Field(1024, ge=1)
+    """Requests that may wait for a replica before new ones get 429."""
+    max_body_bytes: int = Field(8 * 2**20, ge=1024)
+    detach_grace_s: float = Field(10.0, ge=0)
+    """How long a streamed request goes on after its client left, for it to come back."""
+    keep_alive_s: float = Field(10.0, gt=0)
+    """Silence after which a stream carries a comment, so that proxies do not cut it."""
+
+
+class ControllerSettings(Section):
+    """Deciding."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(0, ge=0, le=65535)
+    """Where workers and gateways connect; 0: any free port."""
+    data: int | None = Field(None, ge=1)
+    """Replicas wanted; None: as many as the devices allow."""
+    pipeline: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1)
+
+
+class WorkerSettings(Section):
+    """One instance."""
+
+    heartbeat_s: float = Field(0.25, gt=0)
+    orphan_s: float = Field(60.0, gt=0)
+    """How long a worker without a controller goes on before it leaves."""
+    keep_finished_s: float = Field(30.0, gt=0)
+    """How long finished progress stays in memory for a gateway that comes back."""
+
+
+class StoreSettings(Section):
+    """Progress of requests."""
+
+    url: str | None = None
+    """`sqlite:///PATH`, `redis://` or `rediss://`, `none`; None: SQLite in the system's folder."""
+    time_to_live_s: float = Field(3600.0, gt=0)
+    """How long a request's progress is kept after its last commit."""
+    max_bytes: int = Field(2**30, ge=2**20)
+    """Oldest progress goes first beyond this."""
+    timeout_s: float = Field(2.0, gt=0)
+
+
+class LocalCloudSettings(Section):
+    """The cloud that `spotserve up` plays on one machine."""
+
+    instances: int = Field(2, ge=1, le=256)
+    restock_s: float | None = Field(2.0, ge=0)
+    """Time until a taken instance's place goes to a new one; None: never (a trace drives the fleet)."""
+    zones: tuple[str, ...] = ("local-a", "local-b")
+    spot_usd_per_hour: float = 1.9046
+    """Price of a spot instance in reports: AWS g4dn.12xlarge as in the SpotServe paper (ASPLOS'24, section 6.1)."""
+    on_demand_usd_per_hour: float = 3.912
+
+
+class Settings(BaseSettings):
+    """All sections."""
+
+    model_config = SettingsConfigDict(env_prefix="SPOTSERVE_", env_nested_delimiter="__", frozen=True, extra="ignore")
+
+    engine: EngineSettings = EngineSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    controller: ControllerSettings = ControllerSettings()
+    worker: WorkerSettings = WorkerSettings()
+    store: StoreSettings = StoreSettings()
+    cloud: LocalCloudSettings = LocalCloudSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the TOML file."""
+        path = os.environ.get("SPOTSERVE_CONFIG")
+        file = (TomlConfigSettingsSource(settings_cls, Path(path)),) if path else ()
+        return (init_settings, env_settings, *file)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _drop_unset_flags(cls, value: object) -> object:
+        """A flag that was not given is None: it must not hide the environment's value or the default."""
+        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+def load_settings(**sections: dict[str, object]) -> Settings:
+    """Settings from flags (`sections`: section -> name -> value, None = not given), environment and file.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range; the message names each one.
+    """
+    given = {name: kept for name, flags in sections.items() if (kept := {k: v for k, v in flags.items() if v is not None})}
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r})" for item in error.errors())
+        raise ConfigError(problems) from error
+    except OSError as error:
+        raise ConfigError(f"SPOTSERVE_CONFIG={os.environ.get('SPOTSERVE_CONFIG')}: {error}") from error

@@ -1,0 +1,396 @@
+"""Everything that one process can say to another: a closed, typed set.
+
+Each edge of the process graph has its own union, so that the graph can be read from the types:
+
+    worker  -> controller   WorkerEvent         what happened on an instance
+    cloud   -> controller   CloudEvent          what the provider says (inside the controller's process)
+    controller -> worker    WorkerCommand       what an instance is to do
+    controller -> cloud     CloudCommand        machines to rent and to return
+    controller -> gateway   RoutingTable        where requests may go
+    gateway -> controller   GatewayMessage
+    gateway -> worker       GatewayCommand
+    worker  -> gateway      WorkerReply
+    worker <-> worker       PeerMessage         hand-over of a running sequence
+
+`PROTOCOL_VERSION` is compared when two processes meet.
+"""
+
+from enum import Enum
+from typing import TypeAlias
+
+import msgspec
+
+from spotserve.core.cluster import Notice, ReplicaState
+from spotserve.core.model import ModelSpec
+from spotserve.core.plan import ReplicaPlan, Slot
+from spotserve.core.request import Request, TokenDelta
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """Base of every message; the tag is the class name."""
+
+
+class Address(msgspec.Struct, frozen=True, array_like=True):
+    """Where a process listens for other processes of the system."""
+
+    host: str
+    port: int
+
+
+# --------------------------------------------------------------------------- worker -> controller
+
+
+class SequenceReport(msgspec.Struct, frozen=True, array_like=True):
+    """One running sequence, as far as deciding needs to know it."""
+
+    request_id: str
+    context_tokens: int
+    """Prompt and output so far."""
+    computed_tokens: int
+    """Tokens whose KV is in the cache."""
+    remaining_tokens: int
+    """At most this many output tokens are still to come."""
+
+
+class HeldSlot(msgspec.Struct, frozen=True, array_like=True):
+    """Weights that a device has in memory: those of `slot` in a replica of P = `pipeline` stages and M = `tensor` shards."""
+
+    device_index: int
+    slot: Slot
+    pipeline: int
+    tensor: int
+
+
+class Registered(Message, frozen=True):
+    """A worker is up; sent first on every connection to the controller, so that a new controller learns what runs."""
+
+    instance_id: str
+    address: Address
+    pid: int
+    num_devices: int
+    spot: bool
+    zone: str
+    replicas: tuple[ReplicaPlan, ...] = ()
+    """Replicas whose slots it already serves."""
+    held: tuple[HeldSlot, ...] = ()
+    model: ModelSpec | None = None
+    """The model it holds, once it holds one."""
+
+
+class Heartbeat(Message, frozen=True):
+    """Load and speed of an instance, a few times a second."""
+
+    instance_id: str
+    running: int
+    waiting: int
+    kv_tokens_used: int
+    kv_tokens_total: int
+    step_s: float
+    """Typical time of one decode step now; 0 before the first."""
+    prefill_tokens_per_s: float
+    """Measured speed of computing prompts; 0 before the first."""
+    sequences: tuple[SequenceReport, ...]
+
+
+class ReplicaReady(Message, frozen=True):
+    """A replica holds its weights and takes requests."""
+
+    instance_id: str
+    replica_id: str
+    plan_epoch: int
+    model: ModelSpec
+
+
+class ReplicaFailed(Message, frozen=True):
+    """A replica could not be brought up."""
+
+    instance_id: str
+    replica_id: str
+    plan_epoch: int
+    reason: str
+
+
+class SequenceMoved(Message, frozen=True):
+    """A running sequence and its KV went to another instance."""
+
+    instance_id: str
+    request_id: str
+    destination_instance_id: str
+    kv_bytes: int
+    seconds: float
+
+
+class Drained(Message, frozen=True):
+    """Nothing runs any more on a replica that was told to drain."""
+
+    instance_id: str
+    replica_id: str
+
+
+WorkerEvent: TypeAlias = Registered | Heartbeat | ReplicaReady | ReplicaFailed | SequenceMoved | Drained
+
+# --------------------------------------------------------------------------- cloud -> controller
+
+
+class InstanceLaunched(Message, frozen=True):
+    """The provider starts a machine; its worker will register."""
+
+    instance_id: str
+    spot: bool
+    zone: str
+    usd_per_hour: float
+
+
+class InstanceLost(Message, frozen=True):
+    """A machine is gone, with or without a notice before."""
+
+    instance_id: str
+    reason: str
+
+
+class NoticeReceived(Message, frozen=True):
+    """The provider will take a machine, or says that the risk has grown."""
+
+    notice: Notice
+
+
+class Tick(Message, frozen=True):
+    """Time has passed; sent when a deadline that the state asked for is reached."""
+
+
+CloudEvent: TypeAlias = InstanceLaunched | InstanceLost | NoticeReceived | Tick
+Event: TypeAlias = WorkerEvent | CloudEvent
+
+# --------------------------------------------------------------------------- controller -> worker
+
+
+class SequenceAction(Enum):
+    """What becomes of a running sequence when its instance goes."""
+
+    FINISH = "finish"
+    """It ends before the deadline where it is."""
+    MOVE = "move"
+    """Its KV goes to its next owner."""
+    RESUME = "resume"
+    """Its next owner computes it again from its tokens."""
+
+
+class SequenceOrder(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """The verdict on one sequence, and why."""
+
+    request_id: str
+    action: SequenceAction
+    destination_replica_id: str | None
+    destination: Address | None
+    """Where its KV goes; None unless `action` is MOVE."""
+    reason: str
+
+
+class Activate(Message, frozen=True):
+    """Load what `slot` needs and serve it."""
+
+    instance_id: str
+    device_index: int
+    replica: ReplicaPlan
+    slot: Slot
+    plan_epoch: int
+
+
+class Drain(Message, frozen=True):
+    """Take nothing new; carry out `orders` before the deadline; treat sequences without an order as `fallback` says."""
+
+    instance_id: str
+    replica_id: str
+    deadline_s: float
+    orders: tuple[SequenceOrder, ...]
+    fallback: SequenceOrder
+    """`request_id` is empty: the verdict on every sequence that the controller had not heard of yet."""
+
+
+class Undrain(Message, frozen=True):
+    """The notice did not come true: take requests again."""
+
+    instance_id: str
+    replica_id: str
+
+
+class Stop(Message, frozen=True):
+    """Leave: the instance is no longer wanted."""
+
+    instance_id: str
+
+
+WorkerCommand: TypeAlias = Activate | Drain | Undrain | Stop
+
+# --------------------------------------------------------------------------- controller -> cloud and gateway
+
+
+class Launch(Message, frozen=True):
+    """Rent machines."""
+
+    count: int
+    spot: bool
+
+
+class Terminate(Message, frozen=True):
+    """Return a machine."""
+
+    instance_id: str
+
+
+CloudCommand: TypeAlias = Launch | Terminate
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One replica, as a gateway needs to know it."""
+
+    replica_id: str
+    instance_id: str
+    """The instance of its first stage, which takes its requests."""
+    address: Address
+    state: ReplicaState
+    max_batch: int
+
+
+class RoutingTable(Message, frozen=True):
+    """All replicas that gateways may talk to. New requests go to those that serve, and to no other."""
+
+    version: int
+    replicas: tuple[Route, ...]
+    model: ModelSpec | None
+
+
+class Publish(Message, frozen=True):
+    """Send the routing table to every gateway."""
+
+    table: RoutingTable
+
+
+Command: TypeAlias = WorkerCommand | CloudCommand | Publish
+
+# --------------------------------------------------------------------------- gateway -> controller
+
+
+class GatewayAttached(Message, frozen=True):
+    """A gateway wants routing tables."""
+
+    gateway_id: str
+
+
+class GatewayReport(Message, frozen=True):
+    """Requests of one gateway, by state, for `status`."""
+
+    gateway_id: str
+    queued: int
+    running: int
+    suspended: int
+    finished: int
+    lost: int
+
+
+GatewayMessage: TypeAlias = GatewayAttached | GatewayReport
+
+# --------------------------------------------------------------------------- gateway <-> worker
+
+
+class Attach(Message, frozen=True):
+    """First message of a gateway to a worker: from here on, deltas of its sequences go to this connection.
+
+    The worker answers with the whole progress of every sequence it has for this gateway.
+    """
+
+    gateway_id: str
+
+
+class Submit(Message, frozen=True):
+    """Run a request, from `emitted_token_ids` on. A worker that already has it under an older epoch keeps its progress."""
+
+    request: Request
+    epoch: int
+    emitted_token_ids: tuple[int, ...] = ()
+
+
+class Claim(Message, frozen=True):
+    """If you have this sequence, whoever its gateway was: it is mine now, send its whole progress."""
+
+    request_id: str
+
+
+class Cancel(Message, frozen=True):
+    """Forget the sequence, unless it is owned under a newer epoch."""
+
+    request_id: str
+    epoch: int
+
+
+GatewayCommand: TypeAlias = Attach | Submit | Claim | Cancel
+
+
+class Deltas(Message, frozen=True):
+    """What one engine step made, for one gateway."""
+
+    deltas: tuple[TokenDelta, ...]
+
+
+class Released(Message, frozen=True):
+    """The worker does not run this sequence any more (drain, or it never could); its gateway finds it another owner."""
+
+    request_id: str
+    epoch: int
+    reason: str
+    destination_replica_id: str | None = None
+    """Where the controller suggests to go on."""
+
+
+class ClaimAnswered(Message, frozen=True):
+    """Answer to `Claim`: whether the sequence is here. Its progress follows when it is."""
+
+    request_id: str
+    found: bool
+
+
+WorkerReply: TypeAlias = Deltas | Released | ClaimAnswered
+
+# --------------------------------------------------------------------------- worker <-> worker
+
+
+class HandOver(Message, frozen=True):
+    """A sequence on its way to its next owner; `num_parts` messages with its KV follow."""
+
+    gateway_id: str
+    request: Request
+    epoch: int
+    progress: TokenDelta
+    """All output so far, from position 0."""
+    computed_tokens: int
+    """Tokens whose KV follows."""
+    num_parts: int
+
+
+class KvPart(Message, frozen=True):
+    """Keys and values of one layer, of the `computed_tokens` tokens of a hand-over."""
+
+    request_id: str
+    layer: int
+    dtype: str
+    data: bytes
+    """[2 (keys, values), computed_tokens, kv_heads, head_size], C order."""
+
+
+class HandOverAnswered(Message, frozen=True):
+    """Whether the sequence has a new owner; if not, the old one keeps it."""
+
+    request_id: str
+    accepted: bool
+    reason: str = ""
+
+
+PeerMessage: TypeAlias = HandOver | KvPart | HandOverAnswered
+
+WorkerInbound: TypeAlias = GatewayCommand | HandOver | KvPart
+"""What may arrive at a worker's listening port."""
+
+ControllerInbound: TypeAlias = WorkerEvent | GatewayMessage
+"""What may arrive at the controller's listening port."""

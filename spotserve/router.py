@@ -1,0 +1,1 @@
+"""Which replica takes a request. Pure; grows with the gateway."""
