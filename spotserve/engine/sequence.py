@@ -1,0 +1,85 @@
+"""One sequence while it is being made: the only mutable thing that scheduler, runner and engine share.
+
+Invariant: KV of the first `computed_tokens` of `token_ids` is in the cache, in the blocks of `block_ids`; a running sequence has
+at least one token that is not computed. Knows nothing of tensors.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from spotserve.core.request import Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request and how far it has come."""
+
+    request: Request
+    seniority: int
+    """Place in the order of arrival; the smallest is served first and evicted last."""
+    token_ids: list[int]
+    """Prompt and output so far."""
+    banned_token_ids: tuple[int, ...]
+    """What `min_tokens` forbids: the ids that end text."""
+    stop_token_ids: frozenset[int]
+    """What ends this sequence."""
+    computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    recompute_until: int = 0
+    """Tokens below this were computed before and lost."""
+    recomputed_tokens: int = 0
+    """Of those, how many were computed again since the last output."""
+
+    @property
+    def request_id(self) -> str:
+        """Identity of the request."""
+        return self.request.request_id
+
+    @property
+    def output_tokens(self) -> int:
+        """Output tokens so far."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def pending_tokens(self) -> int:
+        """Known tokens that are not computed; 1 while decoding."""
+        return len(self.token_ids) - self.computed_tokens
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Output tokens that may still come by `max_tokens`."""
+        return self.request.sampling.max_tokens - self.output_tokens
+
+    def advance(self, num_tokens: int) -> None:
+        """KV of the next `num_tokens` known tokens is computed."""
+        assert 0 <= num_tokens <= self.pending_tokens
+        again = min(self.recompute_until, self.computed_tokens + num_tokens) - self.computed_tokens
+        self.recomputed_tokens += max(0, again)
+        self.computed_tokens += num_tokens
+
+    def lose_cache(self) -> None:
+        """KV is gone: every token has to be computed again."""
+        self.recompute_until = max(self.recompute_until, self.computed_tokens)
+        self.computed_tokens = 0
+
+    def take_recomputed_tokens(self) -> int:
+        """Tokens computed again since this was last asked; counted once."""
+        count, self.recomputed_tokens = self.recomputed_tokens, 0
+        return count
+
+
+def new_sequence(
+    request: Request, *, seniority: int, end_token_ids: Collection[int], emitted_token_ids: tuple[int, ...]
+) -> Sequence:
+    """A sequence that goes on after `emitted_token_ids`, which another owner computed and emitted."""
+    sampling = request.sampling
+    token_ids = [*request.prompt_token_ids, *emitted_token_ids]
+    ends = frozenset(sampling.stop_token_ids)
+    return Sequence(
+        request=request,
+        seniority=seniority,
+        token_ids=token_ids,
+        banned_token_ids=tuple(sorted(ends | frozenset(end_token_ids))),
+        stop_token_ids=ends if sampling.ignore_eos else ends | frozenset(end_token_ids),
+        recompute_until=len(token_ids) if emitted_token_ids else 0,
+    )
