@@ -1,7 +1,7 @@
 """Forgetting what is old, a bounded piece at a time, so that no commit waits long behind it.
 
 A sweep looks at the next rows in order of creation and deletes those past their time; then, while the file is above its bound,
-it deletes the rows that were created first. There is no index on time: keeping one would cost every commit.
+it deletes the oldest of the rows that were created first. There is no index on time: keeping one would cost every commit.
 """
 
 import sqlite3
@@ -56,15 +56,14 @@ def used_bytes(connection: sqlite3.Connection) -> int:
 
 
 def _cut_oldest(connection: sqlite3.Connection) -> int:
-    """Deletes the first rows of the table whose first row is the older one."""
-    oldest = [
-        (row[0], table)
+    """Deletes, of the rows that were created first, those that were written longest ago."""
+    first_created = [
+        (written_s, table, number)
         for table in _TABLES
-        if (row := connection.execute(f"SELECT written_s FROM {table} ORDER BY number LIMIT 1").fetchone()) is not None
+        for written_s, number in connection.execute(f"SELECT written_s, number FROM {table} ORDER BY number LIMIT {_ROWS_PER_CUT}")
     ]
-    if not oldest:
-        return 0
-    _, table = min(oldest)
-    return connection.execute(
-        f"DELETE FROM {table} WHERE number IN (SELECT number FROM {table} ORDER BY number LIMIT {_ROWS_PER_CUT})"
-    ).rowcount
+    oldest = sorted(first_created)[:_ROWS_PER_CUT]
+    for table in _TABLES:
+        numbers = [(number,) for _, of, number in oldest if of == table]
+        connection.executemany(f"DELETE FROM {table} WHERE number = ?", numbers)
+    return len(oldest)
