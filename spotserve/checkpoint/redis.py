@@ -1,0 +1,139 @@
+"""Progress in Redis 7 or later, for a cluster of machines. The only module that knows the Redis client.
+
+A request is one string: a header (epoch, how it ended) and then its tokens, so that a commit appends in place. A batch is one
+call of one script, which Redis runs without interruption. Every key carries its id as hash tag.
+
+Redis itself forgets: every key expires `time_to_live_s` after it was last written. The bound on size is Redis' own as well:
+run it with `maxmemory` and `maxmemory-policy volatile-ttl`, which evicts what was written longest ago first;
+`store.max_bytes` is for SQLite. How much survives a crash of Redis is up to its `appendfsync`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar, cast
+from urllib.parse import urlsplit
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError
+
+from spotserve.checkpoint.codec import pack_row, unpack_value
+from spotserve.checkpoint.redis_script import COMMIT, COMMIT_SHA1
+from spotserve.checkpoint.store import Commit, CommitOutcome, Progress, Verdict
+from spotserve.core.errors import ConfigError, StoreError
+
+_log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+_VERDICTS = (Verdict.OK, Verdict.GAP, Verdict.FENCED)
+
+
+def key(kind: str, row_id: str) -> str:
+    """Key of the call or request `row_id`."""
+    return f"spotserve:{kind}:{{{row_id}}}"
+
+
+class RedisStore:
+    """`store.Store` at `url`: `redis://` or, with TLS, `rediss://`; user, password and database as in any Redis URL."""
+
+    def __init__(self, url: str, *, time_to_live_s: float, timeout_s: float) -> None:
+        """
+        Raises:
+            ConfigError: `url` is not a Redis URL.
+        """
+        self._display_url = _without_credentials(url)
+        self._time_to_live_ms = max(1, round(time_to_live_s * 1000))
+        self._timeout_s = timeout_s
+        self._closed = False
+        try:
+            self._redis = redis.asyncio.Redis.from_url(
+                url,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                # Once more, at once, because a pooled connection may be that of a server that was restarted. Safe:
+                # everything here may be said twice.
+                retry=Retry(NoBackoff(), 1),
+            )
+        except ValueError as error:
+            raise ConfigError(f"store.url: {error}") from error
+
+    @property
+    def display_url(self) -> str:
+        """See `store.Store`."""
+        return self._display_url
+
+    async def commit(self, batch: Sequence[Commit]) -> list[CommitOutcome]:
+        """See `store.ProgressStore`."""
+        if not batch:
+            return []
+        keys = [key("progress", commit.request_id) for commit in batch]
+        rows = b"".join(pack_row(epoch=c.epoch, position=c.position, finish=c.finish_reason, token_ids=c.token_ids) for c in batch)
+        answer = await self._guard(lambda: self._run_commit(keys, rows))
+        numbers = iter(answer)
+        return [
+            CommitOutcome(commit.request_id, _VERDICTS[verdict], length, epoch)
+            for commit, verdict, length, epoch in zip(batch, numbers, numbers, numbers, strict=False)
+        ]
+
+    async def load(self, request_ids: Sequence[str]) -> Mapping[str, Progress]:
+        """See `store.ProgressStore`."""
+        if not request_ids:
+            return {}
+        keys = [key("progress", request_id) for request_id in request_ids]
+        values = cast("list[bytes | None]", await self._guard(lambda: self._redis.mget(keys)))
+        return {
+            request_id: _unpack_progress(value) for request_id, value in zip(request_ids, values, strict=True) if value is not None
+        }
+
+    async def put_call(self, call_id: str, record: bytes) -> None:
+        """See `store.CallStore`."""
+        await self._guard(lambda: self._redis.set(key("call", call_id), record, px=self._time_to_live_ms))
+
+    async def get_call(self, call_id: str) -> bytes | None:
+        """See `store.CallStore`."""
+        return cast("bytes | None", await self._guard(lambda: self._redis.get(key("call", call_id))))
+
+    async def delete_call(self, call_id: str, request_ids: Sequence[str]) -> None:
+        """See `store.CallStore`."""
+        keys = [key("call", call_id), *(key("progress", request_id) for request_id in request_ids)]
+        await self._guard(lambda: self._redis.unlink(*keys))
+
+    async def ping(self) -> None:
+        """See `store.Store`."""
+        await self._guard(lambda: self._redis.ping())
+
+    async def close(self) -> None:
+        """See `store.Store`."""
+        if not self._closed:
+            self._closed = True
+            await self._redis.aclose()
+
+    async def _run_commit(self, keys: Sequence[str], rows: bytes) -> list[int]:
+        try:
+            answer = await self._redis.evalsha(COMMIT_SHA1, len(keys), *keys, self._time_to_live_ms, rows)
+        except NoScriptError:  # the first commit ever, or Redis was restarted, or another server took over
+            answer = await self._redis.eval(COMMIT, len(keys), *keys, self._time_to_live_ms, rows)
+        return cast("list[int]", answer)
+
+    async def _guard(self, call: Callable[[], Awaitable[Result]]) -> Result:
+        if self._closed:
+            raise StoreError(f"{self._display_url} is closed")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await call()
+        except TimeoutError as error:
+            raise StoreError(f"{self._display_url} did not answer within {self._timeout_s:g} s") from error
+        except (RedisError, OSError) as error:
+            raise StoreError(f"{self._display_url}: {error}") from error
+
+
+def _unpack_progress(value: bytes) -> Progress:
+    epoch, finish, token_ids = unpack_value(value)
+    return Progress(epoch, token_ids, finish)
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

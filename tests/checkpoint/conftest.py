@@ -1,0 +1,88 @@
+"""Stores to test: each kind behind one opener, so that a test may open the same store twice, or from another process."""
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from spotserve.checkpoint.open import open_store
+from spotserve.checkpoint.store import Store
+from spotserve.config import StoreSettings
+
+Opener = Callable[..., Store]
+
+
+class RedisServer:
+    """A real Redis on a free port that can be killed and started again; it keeps everything it acknowledged."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self, *options: str) -> None:
+        binary = shutil.which("redis-server")
+        if binary is None:
+            pytest.skip("redis-server is not installed")
+        command = [binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""]
+        command += ["--appendonly", "yes", "--appendfsync", "no", *options]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        give_up_s = time.monotonic() + 20
+        while time.monotonic() < give_up_s:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                    connection.sendall(b"PING\r\n")
+                    if connection.recv(100).startswith((b"+PONG", b"-NOAUTH")):
+                        return
+            except OSError:
+                pass
+            time.sleep(0.02)
+        pytest.fail("redis-server did not come up")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of the test's own, not yet started."""
+    server = RedisServer(tmp_path)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
+    """Opens one and the same store each time; arguments are those of `StoreSettings`."""
+    url = request.getfixturevalue("redis_server").url if request.param == "redis" else None
+
+    def open_one(**settings: float) -> Store:
+        return open_store(StoreSettings.model_validate({"url": url, "timeout_s": 20.0, **settings}), tmp_path / "progress.db")
+
+    return open_one
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
