@@ -1,1 +1,244 @@
-"""Command line."""
+"""The command line: one verb per job, and the only place that chooses adapters."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from spotserve.config import load_settings
+from spotserve.core.errors import ConfigError, SpotServeError
+from spotserve.local_system import run_local_system
+from spotserve.system_folder import SystemFolder
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 15.0
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Serve large language models on spot instances: one URL and unbroken token streams while machines come and go.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+UrlOption = Annotated[str, typer.Option("--url", envvar="SPOTSERVE_URL", help="Which system: the URL that `spotserve up` printed.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def main() -> None:
+    """Entry point: errors that are the world's doing become one line and exit code 1."""
+    try:
+        app()
+    except SpotServeError as error:
+        errors.print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(1)
+
+
+@app.command()
+def up(
+    instances: Annotated[int | None, typer.Option(help="Worker processes that play instances.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder in Hugging Face format, or a hub id. Default: the model that ships.")
+    ] = None,
+    store: Annotated[str | None, typer.Option(help="sqlite:///PATH, redis://HOST:PORT/DB, or none.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the OpenAI-compatible gateway.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address of the gateway; only loopback unless asked.")] = None,
+    parallel: Annotated[
+        str | None, typer.Option(metavar="D,P,M", help="Replicas, pipeline stages, tensor shards; D may be 'auto'.")
+    ] = None,
+    speculation: Annotated[str | None, typer.Option(help="off, adaptive, or DRAFTER:K (ngram:4).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Sequences that one replica runs at once.")] = None,
+    restock: Annotated[float | None, typer.Option(help="Seconds until a taken instance's place goes to a new one.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the system serves; `spotserve down` ends it.")] = False,
+) -> None:
+    """Start a local cluster: gateway and controller in this process, every instance a worker process.
+
+    Then point any OpenAI client at the printed URL:
+
+        curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
+             -d '{"model": "spotserve-demo", "prompt": "def fibonacci(n):", "max_tokens": 32}'
+    """
+    data, pipeline, tensor = _parse_parallel(parallel)
+    sections: dict[str, dict[str, object]] = {
+        "engine": {"model": model, "speculation": speculation, "dtype": dtype, "max_batch": max_batch},
+        "gateway": {"port": port, "host": host},
+        "controller": {"data": data, "pipeline": pipeline, "tensor": tensor},
+        "store": {"url": store},
+        "cloud": {"instances": instances, "restock_s": restock},
+    }
+    settings = load_settings(**sections)
+    if settings.controller.pipeline * settings.controller.tensor > 1:
+        raise ConfigError(f"--parallel {parallel}: this version runs replicas of one stage and one shard (D,1,1)")
+    if detach:
+        _start_detached(settings.gateway.port)
+    else:
+        run_local_system(settings, console)
+
+
+def _parse_parallel(text: str | None) -> tuple[int | None, int | None, int | None]:
+    if text is None:
+        return None, None, None
+    parts = text.split(",")
+    try:
+        data, pipeline, tensor = (None if part == "auto" else int(part) for part in parts)
+    except ValueError as error:
+        raise ConfigError(f"--parallel {text}: expected three numbers D,P,M such as 4,1,1 or auto,1,1") from error
+    return data, pipeline, tensor
+
+
+def _start_detached(port: int) -> None:
+    """Starts the same command without --detach in a session of its own, and waits until it serves."""
+    if port == 0:
+        raise ConfigError("--detach needs a fixed --port: it is how the other commands find the system")
+    folder = SystemFolder.for_port(port)
+    folder.create()
+    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    log_path = folder.log_path("system")
+    with log_path.open("ab") as log_file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "spotserve", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    with console.status("starting ..."):
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not _answers(f"{url}/health/ready"):
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                raise SpotServeError(f"the system did not start; see {log_path}")
+            time.sleep(0.1)
+    console.print(f"serving at [bold]{url}/v1[/]; log in {log_path}; `spotserve down --url {url}` ends it")
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2.0).is_success
+    except httpx.HTTPError:
+        return False
+
+
+@app.command()
+def down(url: UrlOption = DEFAULT_URL) -> None:
+    """End a local cluster: its gateway, its controller and every instance."""
+    folder = _folder_of(url)
+    record = folder.read()
+    if record is None or not _is_running(record.pid):
+        console.print(f"no system runs at {url}")
+        return
+    os.kill(record.pid, 15)
+    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    while _is_running(record.pid):
+        if time.monotonic() > deadline_s:
+            raise SpotServeError(
+                f"process {record.pid} has not ended within {STOP_TIMEOUT_S:.0f} s; see {folder.log_path('system')}"
+            )
+        time.sleep(0.05)
+    console.print(f"the system at {url} has ended")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not Path(f"/proc/{pid}/stat").exists() or Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@app.command()
+def status(
+    url: UrlOption = DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole document, for scripts.")] = False,
+    decisions: Annotated[int, typer.Option(help="How many of the newest decisions to show.")] = 5,
+) -> None:
+    """Show instances, replicas, requests, the store and the newest decisions."""
+    document = _get(url, "/status")
+    if as_json:
+        console.print_json(data=document)
+        return
+    console.print(
+        f"[bold]{document['model']}[/] at {url}  plan epoch {document['epoch']}  "
+        f"store {document['store']['url']} {'healthy' if document['store']['healthy'] else '[red]out of reach[/]'}"
+    )
+    fleet = Table("instance", "state", "pid", "zone", "market", title="instances", title_justify="left")
+    for item in document["instances"]:
+        fleet.add_row(item["id"], item["state"], str(item["pid"]), item["zone"], "spot" if item["spot"] else "on demand")
+    console.print(fleet)
+    replicas = Table("replica", "state", "P x M", "instances", "running", "waiting", title="replicas", title_justify="left")
+    for item in document["replicas"]:
+        shape = f"{item['parallel']['pipeline']} x {item['parallel']['tensor']}"
+        replicas.add_row(item["id"], item["state"], shape, ", ".join(item["instances"]), str(item["running"]), str(item["waiting"]))
+    console.print(replicas)
+    console.print("requests: " + "  ".join(f"{name} {count}" for name, count in document["requests"].items()))
+    for decision in _get(url, f"/decisions?limit={decisions}")["decisions"]:
+        console.print(
+            f"[dim]{time.strftime('%H:%M:%S', time.localtime(decision['time_s']))}[/] {decision['cause']}: {decision['reason']}"
+        )
+
+
+@app.command()
+def preempt(
+    instance: Annotated[str, typer.Argument(help="Instance id, as `spotserve status` shows it.")],
+    grace: Annotated[float | None, typer.Option(help="Seconds of notice before the instance is killed.")] = None,
+    now: Annotated[bool, typer.Option("--now", help="Kill it without notice.")] = False,
+    url: UrlOption = DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+) -> None:
+    """Take an instance away, as a cloud would."""
+    if (grace is None) is not now:
+        raise ConfigError("give either --grace SECONDS or --now")
+    answer = _post(url, "/admin/preempt", {"instance": instance, "grace_s": 0.0 if now else grace})
+    if as_json:
+        console.print_json(data=answer)
+    elif now:
+        console.print(f"{instance} is gone")
+    else:
+        console.print(f"{instance} has its notice and will be killed in {grace:g} s")
+
+
+def _folder_of(url: str) -> SystemFolder:
+    port = httpx.URL(url).port
+    if port is None:
+        raise ConfigError(f"--url {url}: expected a URL with a port, such as {DEFAULT_URL}")
+    return SystemFolder.for_port(port)
+
+
+def _secret_of(url: str) -> str:
+    """SPOTSERVE_SECRET, or what the system's folder on this machine says."""
+    record = _folder_of(url).read()
+    secret = os.environ.get("SPOTSERVE_SECRET") or (record.secret if record is not None else None)
+    if secret is None:
+        raise ConfigError(f"no secret for {url}: run this on the machine of `spotserve up`, or set SPOTSERVE_SECRET")
+    return secret
+
+
+def _get(url: str, path: str) -> Any:
+    return _call("GET", url, path, None)
+
+
+def _post(url: str, path: str, body: dict[str, object]) -> Any:
+    return _call("POST", url, path, body)
+
+
+def _call(method: str, url: str, path: str, body: dict[str, object] | None) -> Any:
+    headers = {"authorization": f"Bearer {_secret_of(url)}"} if path.startswith("/admin") else {}
+    try:
+        answer = httpx.request(method, url + path, json=body, headers=headers, timeout=10.0)
+    except httpx.HTTPError as error:
+        raise SpotServeError(f"no system answers at {url}: {error}; start one with `spotserve up`") from error
+    if answer.is_error:
+        raise SpotServeError(f"{url}{path} answered {answer.status_code}: {answer.text}")
+    return answer.json()
+
+
+if __name__ == "__main__":
+    main()

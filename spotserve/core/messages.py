@@ -91,6 +91,8 @@ class Heartbeat(Message, frozen=True):
     """Typical time of one decode step now; 0 before the first."""
     prefill_tokens_per_s: float
     """Measured speed of computing prompts; 0 before the first."""
+    store_healthy: bool
+    """Whether its last commit reached the store."""
     sequences: tuple[SequenceReport, ...]
 
 
@@ -117,7 +119,7 @@ class SequenceMoved(Message, frozen=True):
 
     instance_id: str
     request_id: str
-    destination_instance_id: str
+    destination_replica_id: str
     kv_bytes: int
     seconds: float
 
@@ -344,6 +346,14 @@ class Released(Message, frozen=True):
     """Where the controller suggests to go on."""
 
 
+class Moved(Message, frozen=True):
+    """The sequence and its KV went to another worker, which owns it under `epoch` from now on."""
+
+    request_id: str
+    epoch: int
+    destination_replica_id: str
+
+
 class ClaimAnswered(Message, frozen=True):
     """Answer to `Claim`: whether the sequence is here. Its progress follows when it is."""
 
@@ -351,7 +361,7 @@ class ClaimAnswered(Message, frozen=True):
     found: bool
 
 
-WorkerReply: TypeAlias = Deltas | Released | ClaimAnswered
+WorkerReply: TypeAlias = Deltas | Released | Moved | ClaimAnswered
 
 # --------------------------------------------------------------------------- worker <-> worker
 
@@ -363,6 +373,8 @@ class HandOver(Message, frozen=True):
     request: Request
     epoch: int
     progress: TokenDelta
+    """What the old owner can tell of it: log-probabilities and gaps from where they are known."""
+    emitted_token_ids: tuple[int, ...]
     """All output so far, from position 0."""
     computed_tokens: int
     """Tokens whose KV follows."""

@@ -1,0 +1,43 @@
+# SpotServe. `make` alone prints this help.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test check chaos bench clean
+
+help: ## print this help
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready ## make .venv with everything that is needed
+
+demo: setup ## a local cluster under load while a trace takes its machines away; the report is in runs/demo
+	$(BIN)/spotserve demo --out runs/demo
+
+test: setup ## every test (the short chaos test included)
+	$(BIN)/python -m pytest
+
+check: setup ## what every commit passes: format, lint, types, contracts, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest -q
+
+chaos: setup ## the long chaos test: 200 preemptions and more under 300 streams and more
+	SPOTSERVE_CHAOS=long $(BIN)/python -m pytest -m chaos -s --timeout 3600
+
+bench: setup ## the benchmarks of benchmarks/README.md, one after the other
+	$(BIN)/python benchmarks/engine_peers.py
+	$(BIN)/python benchmarks/checkpoint_cost.py
+	$(BIN)/python benchmarks/gateway_stream.py
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

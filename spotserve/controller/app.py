@@ -1,0 +1,157 @@
+"""The controller over HTTP, for people and scripts: what runs, what was decided and why, and the levers of the local cloud.
+
+Reading is open to whoever reaches the port; every lever needs the system's secret as a bearer token.
+"""
+
+import hmac
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, HTTPException, Request, Response
+
+from spotserve.cloud.local import LocalCloud
+from spotserve.controller.controller import Controller
+from spotserve.core.cluster import InstanceState, ReplicaState
+from spotserve.core.errors import CloudError
+from spotserve.metrics import Metrics
+
+MAX_GRACE_S = 3600.0
+MAX_LAUNCH = 64
+
+
+def status_of(controller: Controller, *, model_name: str, store_url: str, store_healthy: bool) -> dict[str, Any]:
+    """The `status --json` document; its keys are an interface that scripts rely on."""
+    state = controller.state
+    heartbeats = [
+        instance.heartbeat for instance in state.instances.values() if instance.heartbeat is not None and instance.address
+    ]
+    reports = controller.gateway_reports.values()
+    return {
+        "epoch": state.plan.epoch if state.plan is not None else 0,
+        "model": model_name,
+        "instances": [
+            {
+                "id": instance.instance_id,
+                "state": instance.state.value,
+                "pid": instance.pid,
+                "devices": instance.num_devices,
+                "spot": instance.spot,
+                "zone": instance.zone,
+                "deadline_s": instance.notice.deadline_s if instance.notice is not None else None,
+            }
+            for instance in state.instances.values()
+            if instance.state is not InstanceState.GONE
+        ],
+        "replicas": [
+            {
+                "id": replica.replica_id,
+                "state": replica.state.value,
+                "parallel": {"pipeline": replica.plan.parallel.pipeline, "tensor": replica.plan.parallel.tensor},
+                "instances": list(replica.instance_ids),
+                **_load_of(controller, replica.instance_ids),
+            }
+            for replica in state.replicas.values()
+        ],
+        "requests": {
+            name: sum(getattr(report, name) for report in reports)
+            for name in ("queued", "running", "suspended", "finished", "lost")
+        },
+        "store": {"url": store_url, "healthy": store_healthy and all(heartbeat.store_healthy for heartbeat in heartbeats)},
+        "kv": {
+            "tokens_used": sum(heartbeat.kv_tokens_used for heartbeat in heartbeats),
+            "tokens_total": sum(heartbeat.kv_tokens_total for heartbeat in heartbeats),
+        },
+        "arithmetic": {"emitted_tokens_change": "never", "invariant": "batch", "across_parallel_configurations": False},
+    }
+
+
+def _load_of(controller: Controller, instance_ids: tuple[str, ...]) -> dict[str, int]:
+    leader = controller.state.instances.get(instance_ids[0]) if instance_ids else None
+    heartbeat = leader.heartbeat if leader is not None else None
+    return {"running": heartbeat.running if heartbeat else 0, "waiting": heartbeat.waiting if heartbeat else 0}
+
+
+def update_gauges(metrics: Metrics, status: dict[str, Any]) -> None:
+    """Brings the gauges up to what `status` says."""
+    for state in InstanceState:
+        metrics.instances.labels(state.value).set(sum(item["state"] == state.value for item in status["instances"]))
+    for replica_state in ReplicaState:
+        metrics.replicas.labels(replica_state.value).set(sum(item["state"] == replica_state.value for item in status["replicas"]))
+    for name in ("queued", "running", "suspended"):
+        metrics.sequences.labels(name).set(status["requests"][name])
+    metrics.kv_tokens_used.set(status["kv"]["tokens_used"])
+    metrics.plan_epoch.set(status["epoch"])
+    metrics.store_healthy.set(int(status["store"]["healthy"]))
+
+
+def create_router(
+    controller: Controller, cloud: LocalCloud, *, secret: str, status: Callable[[], dict[str, Any]], metrics: Metrics
+) -> APIRouter:
+    """Routes to be mounted beside the gateway's."""
+    router = APIRouter()
+
+    def authorised(request: Request) -> None:
+        expected = f"Bearer {secret}"
+        if not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected.encode()):
+            raise HTTPException(401, "this needs the system's secret as a bearer token")
+
+    lever = [Depends(authorised)]
+
+    @router.get("/status")
+    async def read_status() -> dict[str, Any]:
+        """Instances, replicas, requests, store."""
+        return status()
+
+    @router.get("/metrics")
+    async def read_metrics() -> Response:
+        """Prometheus text format."""
+        update_gauges(metrics, status())
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.get("/decisions")
+    async def read_decisions(limit: int = 100) -> dict[str, Any]:
+        """The newest decisions, newest last."""
+        kept = list(controller.state.decisions)
+        return {"decisions": [asdict(decision) for decision in kept[-max(0, limit) :]]}
+
+    @router.get("/admin/events", dependencies=lever)
+    async def read_events(after: int = 0) -> dict[str, Any]:
+        """What happened to the fleet since event number `after`."""
+        return {
+            "events": [
+                {"seq": event.seq, "time_s": event.time_s, "kind": event.kind, "instance": event.instance, **event.detail}
+                for event in controller.state.events
+                if event.seq > after
+            ]
+        }
+
+    @router.post("/admin/preempt", dependencies=lever)
+    async def preempt(instance: Annotated[str, Body()], grace_s: Annotated[float, Body(ge=0, le=MAX_GRACE_S)]) -> dict[str, Any]:
+        """Takes an instance: with a notice `grace_s` ahead, or at once."""
+        try:
+            return {"instance": instance, "deadline_s": cloud.preempt(instance, grace_s=grace_s)}
+        except CloudError as error:
+            raise HTTPException(404, str(error)) from error
+
+    @router.post("/admin/launch", dependencies=lever)
+    async def launch(count: Annotated[int, Body(ge=1, le=MAX_LAUNCH)], spot: Annotated[bool, Body()] = True) -> dict[str, Any]:
+        """Starts instances."""
+        try:
+            return {"instances": await cloud.launch(count, spot=spot)}
+        except CloudError as error:
+            raise HTTPException(503, str(error)) from error
+
+    @router.post("/admin/terminate", dependencies=lever)
+    async def terminate(instance: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
+        """Ends an instance for good: its place stays empty."""
+        await cloud.terminate(instance)
+        return {"instance": instance}
+
+    @router.post("/admin/restock", dependencies=lever)
+    async def restock(seconds: Annotated[float | None, Body(embed=True, ge=0)]) -> dict[str, Any]:
+        """After how long a taken instance is replaced; null: never."""
+        cloud.restock_s = seconds
+        return {"seconds": seconds}
+
+    return router

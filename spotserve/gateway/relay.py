@@ -1,0 +1,370 @@
+"""Between clients' calls and replicas: every position of every sequence once and in order, whatever happens to machines.
+
+The relay dispatches each sequence to a replica under a fencing epoch, keeps the transcript of what came back, and when the
+owner is lost, or lets go, finds the next one and goes on from the longest prefix that transcript and store know. Deltas may
+come twice, late, or from an owner that is no longer one; only what extends the transcript passes. Nothing above this file
+knows that replicas can die; nothing here knows text.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import msgspec
+
+from spotserve.checkpoint.store import Store
+from spotserve.config import GatewaySettings
+from spotserve.core.clock import Clock
+from spotserve.core.cluster import RequestState
+from spotserve.core.errors import ChannelClosed, Overloaded, StoreError
+from spotserve.core.messages import (
+    Cancel,
+    Claim,
+    ClaimAnswered,
+    Deltas,
+    GatewayReport,
+    Moved,
+    Released,
+    RoutingTable,
+    Submit,
+    WorkerReply,
+)
+from spotserve.core.model import ModelSpec
+from spotserve.core.request import FinishReason, TokenDelta
+from spotserve.gateway.calls import Call
+from spotserve.gateway.links import ReplicaLinks
+from spotserve.gateway.transcript import Transcript
+from spotserve.metrics import Metrics
+from spotserve.router import pick
+
+CLAIM_TIMEOUT_S = 1.0
+"""How long workers have to say whether they run a sequence that this gateway has only read of in the store."""
+
+LINKS_TIMEOUT_S = 2.0
+"""How long a gateway that has just started waits for its first worker before it takes a stored call over."""
+
+log = logging.getLogger(__name__)
+
+
+class Relay:
+    """Owner of every call that this gateway has accepted."""
+
+    def __init__(
+        self, gateway_id: str, settings: GatewaySettings, store: Store, *, secret: str, clock: Clock, metrics: Metrics
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._clock = clock
+        self._metrics = metrics
+        self._table = RoutingTable(version=0, replicas=(), model=None)
+        self._links = ReplicaLinks(gateway_id, secret=secret, on_reply=self._on_reply, on_open=self._on_open, on_lost=self._on_lost)
+        self._calls: dict[str, Call] = {}
+        self._transcripts: dict[str, Transcript] = {}
+        self._claims: dict[str, _Claiming] = {}
+        self._detached: dict[str, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._finished = 0
+        self._lost = 0
+
+    # ------------------------------------------------------------------ what the routes need
+
+    @property
+    def model(self) -> ModelSpec | None:
+        """The model that is served; None until a replica has loaded it."""
+        return self._table.model
+
+    @property
+    def ready(self) -> bool:
+        """Whether some replica serves."""
+        return pick(self._table.replicas, {}) is not None
+
+    async def submit(self, call: Call) -> tuple["_Stream", ...]:
+        """Starts every sequence of a call.
+
+        Raises:
+            Overloaded: too many sequences wait already.
+        """
+        queued = sum(transcript.state is RequestState.QUEUED for transcript in self._transcripts.values())
+        if queued + len(call.requests) > self._settings.max_queued:
+            raise Overloaded(f"{queued} requests are waiting already", retry_after_s=1.0)
+        self._start_task(self._keep_record(call))
+        self._calls[call.call_id] = call
+        for request in call.requests:
+            self._transcripts[request.request_id] = Transcript(request)
+        for request in call.requests:
+            self._dispatch(self._transcripts[request.request_id])
+        return self._streams(call)
+
+    async def reattach(self, call_id: str) -> tuple[Call, tuple["_Stream", ...]] | None:
+        """A call of this gateway or, by way of the store, of one that is gone; None when nobody knows it.
+
+        Raises:
+            StoreError: it is not one of this gateway's and the store is out of reach.
+        """
+        timer = self._detached.pop(call_id, None)
+        if timer is not None:
+            timer.cancel()
+        call = self._calls.get(call_id)
+        if call is None:
+            record = await self._store.get_call(call_id)
+            if record is None:
+                return None
+            call = self._calls.get(call_id)  # somebody else may have come back to it meanwhile
+            if call is None:
+                call = msgspec.msgpack.decode(record, type=Call)
+                await self._take_over(call)
+        return call, self._streams(call)
+
+    def cancel(self, request_id: str) -> None:
+        """No more tokens of this sequence are wanted."""
+        transcript = self._transcripts.get(request_id)
+        if transcript is None or transcript.is_finished:
+            return
+        self._tell_owner(transcript, Cancel(request_id=request_id, epoch=transcript.epoch))
+        transcript.finish_early(FinishReason.CANCELLED)
+        self._note_finished(transcript)
+
+    def detach(self, call_id: str) -> None:
+        """The client left: the call is cancelled after a grace, unless the client comes back."""
+        if call_id in self._calls and call_id not in self._detached:
+            loop = asyncio.get_running_loop()
+            self._detached[call_id] = loop.call_later(self._settings.detach_grace_s, self._give_up, call_id)
+
+    def release(self, call_id: str) -> None:
+        """The answer was delivered in full. It stays in the store until its time is over, for a client that asks again."""
+        call = self._calls.pop(call_id, None)
+        for request in call.requests if call is not None else ():
+            self._transcripts.pop(request.request_id, None)
+
+    # ------------------------------------------------------------------ what the controller says
+
+    def use_table(self, table: RoutingTable) -> None:
+        """Follows a new routing table: connects to new replicas, lets go of vanished ones, dispatches what waits."""
+        self._table = table
+        self._links.follow(table.replicas)
+        self._dispatch_waiting()
+
+    def report(self, gateway_id: str) -> GatewayReport:
+        """Sequences by state."""
+        count = dict.fromkeys(RequestState, 0)
+        for transcript in self._transcripts.values():
+            count[transcript.state] += 1
+        return GatewayReport(
+            gateway_id=gateway_id,
+            queued=count[RequestState.QUEUED],
+            running=count[RequestState.RUNNING],
+            suspended=count[RequestState.SUSPENDED],
+            finished=self._finished,
+            lost=self._lost,
+        )
+
+    async def close(self) -> None:
+        """Hangs up on all workers; they go on, for a gateway that comes back."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._links.close()
+
+    # ------------------------------------------------------------------ dispatching
+
+    def _dispatch(self, transcript: Transcript, *, prefer: str | None = None, exclude: frozenset[str] = frozenset()) -> None:
+        """Gives a sequence to a replica; it waits when none serves."""
+        route = pick(self._links.connected(self._table.replicas), self._load(), exclude=exclude, prefer=prefer)
+        if route is None and exclude:
+            route = pick(self._links.connected(self._table.replicas), self._load())
+        if route is None:
+            return
+        transcript.dispatched_to(route.replica_id)
+        submit = Submit(
+            request=transcript.request,
+            epoch=transcript.epoch,
+            emitted_token_ids=tuple(transcript.token_ids),
+        )
+        try:
+            self._links.send(route.replica_id, submit)
+        except ChannelClosed:
+            transcript.suspend()  # its loss is on the way to `_on_lost`, which dispatches again
+
+    def _dispatch_waiting(self) -> None:
+        for transcript in tuple(self._transcripts.values()):
+            if transcript.is_waiting:
+                self._dispatch(transcript)
+
+    def _load(self) -> dict[str, int]:
+        load: dict[str, int] = {}
+        for transcript in self._transcripts.values():
+            if transcript.owner is not None and not transcript.is_finished:
+                load[transcript.owner] = load.get(transcript.owner, 0) + 1
+        return load
+
+    def _tell_owner(self, transcript: Transcript, message: Cancel) -> None:
+        if transcript.owner is not None:
+            self._tell(transcript.owner, message)
+
+    def _tell(self, replica_id: str, message: Cancel | Claim) -> None:
+        try:
+            self._links.send(replica_id, message)
+        except ChannelClosed:
+            log.debug("%s is gone: it need not hear %s", replica_id, type(message).__name__)
+
+    # ------------------------------------------------------------------ what workers say
+
+    def _on_open(self, replica_id: str) -> None:
+        log.debug("connected to %s", replica_id)
+        self._dispatch_waiting()
+
+    def _on_reply(self, replica_id: str, reply: WorkerReply) -> None:
+        match reply:
+            case Deltas():
+                for delta in reply.deltas:
+                    self._on_delta(replica_id, delta)
+            case Moved():
+                transcript = self._transcripts.get(reply.request_id)
+                if transcript is not None and not transcript.is_finished and reply.epoch > transcript.epoch:
+                    transcript.owned_by(reply.destination_replica_id, reply.epoch)
+            case Released():
+                self._on_released(replica_id, reply)
+            case ClaimAnswered():
+                claiming = self._claims.get(reply.request_id)
+                if claiming is not None:
+                    claiming.answer(replica_id, reply.found)
+
+    def _on_delta(self, replica_id: str, delta: TokenDelta) -> None:
+        transcript = self._transcripts.get(delta.request_id)
+        if transcript is None or transcript.is_finished:
+            if delta.finish_reason is None:
+                self._tell(replica_id, Cancel(request_id=delta.request_id, epoch=delta.epoch))
+            return
+        if delta.epoch < transcript.epoch:
+            self._tell(replica_id, Cancel(request_id=delta.request_id, epoch=delta.epoch))
+            return
+        if delta.epoch > transcript.epoch or transcript.owner != replica_id:
+            transcript.owned_by(replica_id, delta.epoch)
+        self._metrics.tokens_recomputed.inc(delta.recomputed_tokens)
+        self._metrics.draft_tokens.inc(delta.draft_tokens)
+        self._metrics.accepted_tokens.inc(delta.accepted_tokens)
+        self._metrics.output_tokens.inc(transcript.extend(delta))
+        if transcript.finish_reason is not None:
+            self._note_finished(transcript)
+
+    def _on_released(self, replica_id: str, released: Released) -> None:
+        transcript = self._transcripts.get(released.request_id)
+        if transcript is None or transcript.is_finished or released.epoch < transcript.epoch:
+            return
+        log.info("%s resumes elsewhere: %s", released.request_id, released.reason)
+        transcript.suspend()
+        self._dispatch(transcript, prefer=released.destination_replica_id, exclude=frozenset({replica_id}))
+
+    def _on_lost(self, replica_id: str) -> None:
+        """A replica's connection ended: everything it owned goes on elsewhere."""
+        orphans = [
+            transcript for transcript in self._transcripts.values() if transcript.owner == replica_id and not transcript.is_finished
+        ]
+        for transcript in orphans:
+            transcript.suspend()
+        if orphans:
+            log.info("%s is lost; %d sequences resume elsewhere", replica_id, len(orphans))
+            self._start_task(self._recover(orphans))
+
+    async def _recover(self, orphans: list[Transcript]) -> None:
+        """Goes on from the longest prefix that is known; the store may be a step ahead of what arrived here."""
+        try:
+            stored = await self._store.load([transcript.request_id for transcript in orphans])
+        except StoreError as error:
+            log.warning("resuming from transcripts alone: %s", error)
+            stored = {}
+        for transcript in orphans:
+            progress = stored.get(transcript.request_id)
+            if progress is not None and transcript.is_waiting:
+                transcript.extend_from_store(progress.token_ids, progress.finish_reason)
+                if transcript.finish_reason is not None:
+                    self._note_finished(transcript)
+            if transcript.is_waiting:
+                self._metrics.sequences_resumed.inc()
+                self._dispatch(transcript)
+
+    # ------------------------------------------------------------------ calls of a gateway that is gone
+
+    async def _take_over(self, call: Call) -> None:
+        """Makes a stored call this gateway's: from the worker that runs it, else from the store."""
+        self._calls[call.call_id] = call
+        await self._links.wait_for_any(LINKS_TIMEOUT_S)
+        request_ids = [request.request_id for request in call.requests]
+        stored = await self._store.load(request_ids)
+        claiming = [_Claiming(request_id, self._links.connected_ids()) for request_id in request_ids]
+        for request, claim in zip(call.requests, claiming, strict=True):
+            progress = stored.get(request.request_id)
+            transcript = Transcript(request)
+            transcript.suspend_unseen(progress.epoch if progress is not None else 0)
+            if progress is not None:
+                transcript.extend_from_store(progress.token_ids, progress.finish_reason)
+            self._transcripts[request.request_id] = transcript
+            self._claims[request.request_id] = claim
+            for replica_id in self._links.connected_ids():
+                self._tell(replica_id, Claim(request_id=request.request_id))
+        try:
+            await asyncio.wait_for(asyncio.gather(*(claim.settled for claim in claiming)), CLAIM_TIMEOUT_S)
+        except TimeoutError:
+            log.warning("not every worker said whether it runs %s", call.call_id)
+        for request_id in request_ids:
+            del self._claims[request_id]
+            transcript = self._transcripts[request_id]
+            if transcript.is_waiting:
+                self._dispatch(transcript)
+
+    async def _keep_record(self, call: Call) -> None:
+        try:
+            await self._store.put_call(call.call_id, msgspec.msgpack.encode(call))
+        except StoreError as error:
+            log.warning("%s cannot be re-attached after a restart: %s", call.call_id, error)
+
+    # ------------------------------------------------------------------ inner
+
+    def _streams(self, call: Call) -> tuple["_Stream", ...]:
+        return tuple(_Stream(self._transcripts[request.request_id]) for request in call.requests)
+
+    def _give_up(self, call_id: str) -> None:
+        del self._detached[call_id]
+        call = self._calls.get(call_id)
+        for request in call.requests if call is not None else ():
+            self.cancel(request.request_id)
+        self.release(call_id)
+
+    def _note_finished(self, transcript: Transcript) -> None:
+        self._finished += 1
+        if transcript.finish_reason is FinishReason.FAILED:
+            self._lost += 1
+
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Claiming:
+    """Collects the answers to one `Claim`; settled when one worker has the sequence or all have said no."""
+
+    def __init__(self, request_id: str, replica_ids: list[str]) -> None:
+        self.request_id = request_id
+        self._open = set(replica_ids)
+        self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._settle_if(not self._open)
+
+    def answer(self, replica_id: str, found: bool) -> None:
+        self._open.discard(replica_id)
+        self._settle_if(found or not self._open)
+
+    def _settle_if(self, settled: bool) -> None:
+        if settled and not self.settled.done():
+            self.settled.set_result(None)
+
+
+class _Stream:
+    """One reader of a transcript, from its beginning."""
+
+    def __init__(self, transcript: Transcript) -> None:
+        self._transcript = transcript
+
+    def __aiter__(self) -> AsyncIterator[TokenDelta]:
+        return self._transcript.read()

@@ -1,0 +1,39 @@
+"""What a worker process is told when it is started; travels as one line of JSON."""
+
+from pathlib import Path
+
+import msgspec
+
+from spotserve.config import EngineSettings, StoreSettings, WorkerSettings
+
+
+class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Identity of the instance and settings of its process."""
+
+    instance_id: str
+    spot: bool
+    zone: str
+    system_folder: str
+    """Where the controller's address and the shared secret are read, again at every attempt to connect."""
+    engine: dict[str, object]
+    worker: dict[str, object]
+    store: dict[str, object]
+    host: str = "127.0.0.1"
+    """Where it listens for gateways and peers."""
+
+    @property
+    def folder_path(self) -> Path:
+        """`system_folder` as a path."""
+        return Path(self.system_folder)
+
+    def engine_settings(self) -> EngineSettings:
+        """The engine's section."""
+        return EngineSettings.model_validate(self.engine)
+
+    def worker_settings(self) -> WorkerSettings:
+        """The worker's section."""
+        return WorkerSettings.model_validate(self.worker)
+
+    def store_settings(self) -> StoreSettings:
+        """The store's section."""
+        return StoreSettings.model_validate(self.store)
