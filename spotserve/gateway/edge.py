@@ -61,7 +61,7 @@ class Edge:
         if self._api_key is None or path in OPEN_PATHS:
             return True
         scheme, _, key = authorization.partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("utf-8", "replace"), self._api_key)
+        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)
 
 
 async def _tell_failure(scope: Scope, receive: Receive, send: Send, start: Message | None) -> None:

@@ -220,7 +220,7 @@ def _unserved(name: str) -> InvalidRequest:
 def _field_error(error: msgspec.ValidationError) -> InvalidRequest:
     """msgspec says "Expected `int`, got `str` - at `$.max_tokens`"; OpenAI's clients want the field apart."""
     what, _, where = str(error).partition(" - at `$")
-    param = where.rstrip("`").removeprefix(".")
+    param = where.rstrip("`").removeprefix(".").replace("[...]", "")  # [...]: under some key of an object
     if missing := re.fullmatch(r"Object missing required field `(\w+)`", what):
         param = f"{param}.{missing[1]}" if param else missing[1]
     return InvalidRequest(f"Invalid value for '{param or 'body'}': {what[0].lower()}{what[1:]}.", param=param or None)

@@ -76,14 +76,13 @@ class EventStream(Response):
     def _changed(self, choice: Choice) -> None:
         """A reader's choice has moved: append what it has to say."""
         finish = choice.finish
-        if finish is not None and finish.problem is not None:
-            self._problem = self._problem or finish.problem
-        else:
-            self._buffer += self._writer.progress(choice)
-            if finish is not None:
-                self._running -= 1
-                if not choice.finish_is_known:
-                    self._buffer += self._writer.end(choice)
+        self._buffer += self._writer.progress(choice)
+        if finish is not None:
+            self._running -= 1
+            if finish.problem is not None:
+                self._problem = self._problem or finish.problem
+            elif not choice.finish_is_known:
+                self._buffer += self._writer.end(choice)
         if self._buffer or self._problem is not None or not self._running:
             self._wake.set()
 

@@ -52,7 +52,7 @@ def text_of(events: list[Event], index: int = 0) -> str:
     for event in events:
         if event.data == "[DONE]":
             continue
-        for choice in event.json["choices"]:
+        for choice in event.json.get("choices", ()):
             if choice["index"] == index:
                 said += choice["delta"].get("content", "") if "delta" in choice else choice["text"]
     return said

@@ -1,4 +1,4 @@
-"""Ill-formed calls and failures: every one gets a documented status and an OpenAI body; nothing leaks, nothing gets 5xx by input."""
+"""Ill-formed calls and failures: each gets its documented status and an OpenAI body; no input makes a 5xx."""
 
 import asyncio
 import json
@@ -83,7 +83,7 @@ CHAT_FIELDS = [
     ({"logit_bias": {"99999": 1}}, 400, "logit_bias", None),
     ({"logit_bias": {"abc": 1}}, 400, "logit_bias", None),
     ({"logit_bias": {"-1": 1}}, 400, "logit_bias", None),
-    ({"logit_bias": {"1": 101}}, 400, "logit_bias[...]", None),
+    ({"logit_bias": {"1": 101}}, 400, "logit_bias", None),
     ({"seed": 2**64}, 400, "seed", None),
     ({"seed": 1.5}, 400, "seed", None),
     ({"stop": ""}, 400, "stop", None),

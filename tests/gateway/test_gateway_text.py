@@ -134,6 +134,7 @@ def test_broken_bytes_do_not_pile_up_in_the_window(values, sentence_pieces):
 
 
 def test_templates_run_as_their_authors_expect():
-    source = "{%- for m in messages %}\n    {%- if loop.first %}{% continue %}{% endif %}\n{{ m | tojson }}{% generation %}!{% endgeneration %}{% endfor %}"
+    source = "{%- for m in messages %}\n    {%- if loop.first %}{% continue %}{% endif %}\n{{ m | tojson }}"
+    source += "{% generation %}!{% endgeneration %}{% endfor %}"
     rendered = ChatTemplate(source).render([{"role": "user"}, {"role": "user", "content": "<é>"}], {})
     assert rendered.strip() == json.dumps({"role": "user", "content": "<é>"}, ensure_ascii=False) + "!"
