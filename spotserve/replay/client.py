@@ -6,6 +6,7 @@ a bounded number of times. Each output position is kept once. Knows nothing of t
 """
 
 import asyncio
+import re
 import ssl
 from collections.abc import Mapping
 from urllib.parse import quote, urlsplit
@@ -92,7 +93,9 @@ class Answer:
             self.error = chunk.error.message or "an error without a message"
         for choice in chunk.choices:
             if choice.token_ids:
-                self._take_tokens(choice.token_ids, choice.gaps or [], event.event_id, now_s)
+                end = _end_position(event.event_id, is_final=choice.finish_reason is not None)
+                first = len(self.token_ids) if end is None else end - len(choice.token_ids)
+                self._take_tokens(choice.token_ids, choice.gaps or [], first, now_s)
             self.finish_reason = choice.finish_reason or self.finish_reason
         self.last_event_id = event.event_id or self.last_event_id
         if chunk.usage is not None:
@@ -100,12 +103,9 @@ class Answer:
             if self.error is None and chunk.usage.completion_tokens != len(self.token_ids):
                 self.error = f"{len(self.token_ids)} tokens came, the system says {chunk.usage.completion_tokens}"
 
-    def _take_tokens(self, token_ids: list[int], gaps: list[float], event_id: str | None, now_s: float) -> None:
-        """Keeps what extends the prefix. An event's id is the output position after its last token."""
+    def _take_tokens(self, token_ids: list[int], gaps: list[float], first: int, now_s: float) -> None:
+        """Keeps what extends the prefix; `first` is the output position of the first token."""
         have = len(self.token_ids)
-        first = have
-        if event_id is not None and event_id.isascii() and event_id.isdecimal():
-            first = int(event_id) - len(token_ids)
         if first > have:
             self.error = f"positions {have} to {first - 1} never came"
             return
@@ -235,7 +235,7 @@ class StreamClient:
                 raise Refused(f"status {status}: {_message(b''.join([piece async for piece in pieces]))}")
             async for event in read_events(pieces):
                 answer.take(event, self._clock.now_s())
-                if answer.done:
+                if answer.done or answer.error is not None:
                     return
             raise StreamBroken("the stream ended without [DONE]")
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError) as problem:
@@ -248,6 +248,16 @@ class StreamClient:
         return "".join(
             [f"{method} {self._path}{path} HTTP/1.1\r\n", *(f"{name}: {value}\r\n" for name, value in lines.items()), "\r\n"]
         ).encode("latin-1")
+
+
+def _end_position(event_id: str | None, *, is_final: bool) -> int | None:
+    """Output position after an event's last token; None: the event does not say.
+
+    The id of an event counts the tokens so far, the end of the answer as one more; a further part after a dot is not ours.
+    """
+    if event_id is None or not re.fullmatch(r"[0-9]{1,10}(\.[0-9]+)?", event_id):
+        return None
+    return int(event_id.split(".")[0]) - is_final
 
 
 def _message(body: bytes) -> str:
