@@ -135,9 +135,7 @@ class _LocalSystem:
 
     def _make_web(self, relay: Relay, cloud: LocalCloud, secret: str) -> Any:
         tokenizer = load_tokenizer(self._settings.engine.model)
-        web = create_app(
-            relay, self._settings.gateway, tokenizer, model_name=self._settings.engine.model_name
-        )
+        web = create_app(relay, self._settings.gateway, tokenizer, model_name=self._settings.engine.model_name)
         web.include_router(create_router(self._controller, cloud, secret=secret, status=self._status, metrics=self._metrics))
         return web
 

@@ -105,3 +105,7 @@ def test_names_are_never_used_again(fleets: list[tuple[int, set[int]]], tensor: 
             assert planned.epoch == current.epoch + 1
         gone |= set(before) - set(after)
         current = planned
+
+
+def test_a_number_is_not_given_again_when_its_replica_is_gone_from_the_plan() -> None:
+    assert number_after(Plan(epoch=9, replicas=(), reason=""), 5) == 5

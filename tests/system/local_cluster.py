@@ -202,7 +202,9 @@ class Answer:
     @property
     def longest_gap_s(self) -> float:
         """Longest pause between two events."""
-        return max((later - earlier for earlier, later in zip(self.event_times_s, self.event_times_s[1:], strict=False)), default=0.0)
+        return max(
+            (later - earlier for earlier, later in zip(self.event_times_s, self.event_times_s[1:], strict=False)), default=0.0
+        )
 
 
 async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object], answer: Answer | None = None) -> Answer:

@@ -24,9 +24,7 @@ def test_nothing_is_lost_and_nothing_is_altered(dtype: str, tmp_path: Path) -> N
     with local_cluster(tmp_path, "--dtype", dtype, "--restock", "0.3", replicas=instances) as cluster:
         references = asyncio.run(undisturbed(cluster, bodies, concurrency=64))
         cluster.wait_until_idle()
-        tally = asyncio.run(
-            disturbed(cluster, bodies, references, streams=streams, preemptions=preemptions, seed=11, dtype=dtype)
-        )
+        tally = asyncio.run(disturbed(cluster, bodies, references, streams=streams, preemptions=preemptions, seed=11, dtype=dtype))
         print(report(tally, dtype))
         assert tally.num_preemptions >= preemptions
         assert min(tally.preemptions.values()) > 0
