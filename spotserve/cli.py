@@ -1,9 +1,13 @@
 """The command line: one verb per job, and the only place that chooses adapters."""
 
+import contextlib
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +18,10 @@ from rich.table import Table
 
 from spotserve.config import load_settings
 from spotserve.core.errors import ConfigError, SpotServeError
+from spotserve.demo.run import run_demo
 from spotserve.local_system import run_local_system
+from spotserve.replay.run import ReplayOptions, run_replay
+from spotserve.replay.timeline import Scaling
 from spotserve.system_folder import SystemFolder
 
 START_TIMEOUT_S = 120.0
@@ -78,7 +85,10 @@ def up(
     if settings.controller.pipeline * settings.controller.tensor > 1:
         raise ConfigError(f"--parallel {parallel}: this version runs replicas of one stage and one shard (D,1,1)")
     if detach:
-        _start_detached(settings.gateway.port)
+        if settings.gateway.port == 0:
+            raise ConfigError("--detach needs a fixed --port: it is how the other commands find the system")
+        url = _start_in_background(settings.gateway.port, [argument for argument in sys.argv[1:] if argument != "--detach"])
+        console.print(f"serving at [bold]{url}/v1[/]; `spotserve down --url {url}` ends it")
     else:
         run_local_system(settings, console)
 
@@ -94,13 +104,10 @@ def _parse_parallel(text: str | None) -> tuple[int | None, int | None, int | Non
     return data, pipeline, tensor
 
 
-def _start_detached(port: int) -> None:
-    """Starts the same command without --detach in a session of its own, and waits until it serves."""
-    if port == 0:
-        raise ConfigError("--detach needs a fixed --port: it is how the other commands find the system")
+def _start_in_background(port: int, arguments: list[str]) -> str:
+    """Starts this program in a session of its own and waits until it serves; its URL."""
     folder = SystemFolder.for_port(port)
     folder.create()
-    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
     log_path = folder.log_path("system")
     with log_path.open("ab") as log_file:
         process = subprocess.Popen(
@@ -111,13 +118,13 @@ def _start_detached(port: int) -> None:
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
-    with console.status("starting ..."):
+    with console.status("starting a local cluster ..."):
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not _answers(f"{url}/health/ready"):
             if process.poll() is not None or time.monotonic() > deadline_s:
                 raise SpotServeError(f"the system did not start; see {log_path}")
             time.sleep(0.1)
-    console.print(f"serving at [bold]{url}/v1[/]; log in {log_path}; `spotserve down --url {url}` ends it")
+    return url
 
 
 def _answers(url: str) -> bool:
@@ -130,12 +137,16 @@ def _answers(url: str) -> bool:
 @app.command()
 def down(url: UrlOption = DEFAULT_URL) -> None:
     """End a local cluster: its gateway, its controller and every instance."""
+    console.print(f"the system at {url} has ended" if _stop(url) else f"no system runs at {url}")
+
+
+def _stop(url: str) -> bool:
+    """Ends the system at `url` and waits until it is gone; False when there was none."""
     folder = _folder_of(url)
     record = folder.read()
     if record is None or not _is_running(record.pid):
-        console.print(f"no system runs at {url}")
-        return
-    os.kill(record.pid, 15)
+        return False
+    os.kill(record.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + STOP_TIMEOUT_S
     while _is_running(record.pid):
         if time.monotonic() > deadline_s:
@@ -143,7 +154,7 @@ def down(url: UrlOption = DEFAULT_URL) -> None:
                 f"process {record.pid} has not ended within {STOP_TIMEOUT_S:.0f} s; see {folder.log_path('system')}"
             )
         time.sleep(0.05)
-    console.print(f"the system at {url} has ended")
+    return True
 
 
 def _is_running(pid: int) -> bool:
@@ -203,6 +214,87 @@ def preempt(
         console.print(f"{instance} is gone")
     else:
         console.print(f"{instance} has its notice and will be killed in {grace:g} s")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/demo"),
+    instances: Annotated[int, typer.Option(help="Instances of the local cluster.")] = 4,
+    port: Annotated[int, typer.Option(help="Port of its gateway; 0: any free one.")] = 0,
+) -> None:
+    """Show it: a local cluster under real load, first left alone, then losing its machines to a trace.
+
+    Ends with exit code 0 only when no request was lost and no token altered.
+    """
+    with _own_cluster(port, instances) as (url, secret):
+        raise typer.Exit(run_demo(url, secret, out, console))
+
+
+@app.command()
+def replay(
+    requests: Annotated[Path, typer.Option(help="Trace of requests: when, how long, how much.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report.")],
+    live: Annotated[bool, typer.Option("--live", help="Against a running system (the only form of this version).")] = False,
+    capacity: Annotated[
+        Path | None, typer.Option(help="Trace of machines that come and go; none: the fleet is left alone.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", envvar="SPOTSERVE_URL", help="A running system; none: one is started.")
+    ] = None,
+    instances: Annotated[int, typer.Option(help="Instances of a system that is started for this.")] = 4,
+    grace: Annotated[float, typer.Option(help="Seconds of notice (no trace holds it).")] = 30.0,
+    notice_share: Annotated[float, typer.Option(help="Share of losses that come with a notice.")] = 1.0,
+    time_scale: Annotated[float, typer.Option(help="Seconds of trace per second of replay: 2 is twice as fast.")] = 1.0,
+    rate_scale: Annotated[float, typer.Option(help="Requests per request of the trace.")] = 1.0,
+    start: Annotated[float, typer.Option(help="Seconds of the trace to leave out at its beginning.")] = 0.0,
+    duration: Annotated[float | None, typer.Option(help="Seconds of the trace to play; none: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses victims, notices and prompts.")] = 0,
+    reference: Annotated[bool, typer.Option(help="Answer every request once more, undisturbed, and compare the tokens.")] = True,
+) -> None:
+    """Play traces of machines and requests against a running system, and report what clients saw.
+
+    Example:
+
+        spotserve replay --live --capacity traces/demo-capacity.csv --requests traces/demo-requests.csv --grace 3 --out runs/mine
+    """
+    if not live:
+        raise ConfigError("this version replays against a running system only: add --live")
+    scaling = Scaling(
+        start_s=start,
+        duration_s=duration,
+        time_scale=time_scale,
+        rate_scale=rate_scale,
+        grace_s=grace,
+        notice_share=notice_share,
+        seed=seed,
+    )
+    with contextlib.ExitStack() as at_end:
+        if url is None:
+            url, secret = at_end.enter_context(_own_cluster(0, instances))
+        else:
+            secret = _secret_of(url)
+        options = ReplayOptions(
+            url=url, secret=secret, out=out, requests=requests, capacity=capacity, scaling=scaling, reference=reference
+        )
+        raise typer.Exit(run_replay(options, console))
+
+
+@contextlib.contextmanager
+def _own_cluster(port: int, instances: int) -> Iterator[tuple[str, str]]:
+    """A local cluster for as long as it is needed; its URL and secret."""
+    port = port or _free_port()
+    arguments = ["up", "--port", str(port), "--instances", str(instances)]
+    url = _start_in_background(port, arguments)
+    try:
+        yield url, _secret_of(url)
+    finally:
+        _stop(url)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _folder_of(url: str) -> SystemFolder:

@@ -33,7 +33,7 @@ from spotserve.core.messages import (
     Undrain,
 )
 from spotserve.core.model import ModelSpec
-from spotserve.core.plan import Plan, Slot
+from spotserve.core.plan import Plan, ReplicaPlan, Slot
 from spotserve.migration.matching import place, reusable_bytes
 from spotserve.migration.schedule import Destination, InstanceSpeed, decide, fallback
 from spotserve.planner.planner import number_after, plan
@@ -130,12 +130,7 @@ class ControllerState:
 
     def _adopt_replicas(self, event: Registered) -> None:
         """Replicas that a worker serves already (for an earlier controller, or before its connection broke)."""
-        planned = self.plan.replicas if self.plan is not None else ()
-        adopted = tuple(replica for replica in event.replicas if replica not in planned)
-        if adopted:
-            epoch = self.plan.epoch if self.plan is not None else 0
-            self.plan = Plan(epoch=epoch + 1, replicas=(*planned, *adopted), reason=f"{event.instance_id} serves already")
-            self._next_replica_number = max(self._next_replica_number, number_after(self.plan, 1))
+        self._put_into_plan(event.replicas, f"{event.instance_id} serves already")
         for replica in event.replicas:
             held = {slot.slot: DeviceId(event.instance_id, slot.device_index) for slot in event.held}
             known = self.replicas.setdefault(replica.replica_id, Replica(replica, {}))
@@ -143,6 +138,15 @@ class ControllerState:
             known.ready_slots.update(held)
             if known.state is ReplicaState.LOADING and known.ready_slots.issuperset(replica.slots):
                 known.move_to(ReplicaState.SERVING)
+
+    def _put_into_plan(self, replicas: Iterable[ReplicaPlan], reason: str) -> None:
+        """Replicas that serve although the plan does not name them become part of it."""
+        planned = self.plan.replicas if self.plan is not None else ()
+        added = tuple(replica for replica in replicas if replica not in planned)
+        if added:
+            epoch = self.plan.epoch if self.plan is not None else 0
+            self.plan = Plan(epoch=epoch + 1, replicas=(*planned, *added), reason=reason)
+            self._next_replica_number = number_after(self.plan, self._next_replica_number)
 
     def _heard(self, event: Heartbeat, now_s: float) -> tuple[list[Command], str]:
         instance = self.instances.get(event.instance_id)
@@ -277,6 +281,7 @@ class ControllerState:
         for replica in self._replicas_on(instance.instance_id):
             if replica.ready_slots.issuperset(replica.plan.slots):
                 replica.move_to(ReplicaState.SERVING)
+                self._put_into_plan([replica.plan], f"{instance.instance_id} stays")
                 commands.append(Undrain(instance_id=instance.instance_id, replica_id=replica.replica_id))
             else:
                 self._drop_replica(replica)
