@@ -73,8 +73,12 @@ class ExportedSequence:
 class Engine:
     """One model, its cache, and the sequences in the making."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, *, drafter: Drafter | None = None) -> None:
         """Loads the model.
+
+        Args:
+            settings: the engine's section.
+            drafter: guesses ahead in place of the one that `settings.speculation` names, with the same number of tokens.
 
         Raises:
             ModelError: it cannot be loaded or run.
@@ -100,7 +104,8 @@ class Engine:
             max_step_tokens=settings.max_step_tokens,
             context_tokens=self._context_tokens,
         )
-        self._drafter, self._draft_tokens = _drafter(settings.speculation)
+        named_drafter, self._draft_tokens = _drafter(settings.speculation)
+        self._drafter = named_drafter if drafter is None else drafter
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
 

@@ -24,6 +24,7 @@ def _signed(value: int) -> int:
 
 
 def _finalize(value: int) -> int:
+    value &= _MASK
     value = ((value ^ (value >> 30)) * _MULTIPLIER_1) & _MASK
     value = ((value ^ (value >> 27)) * _MULTIPLIER_2) & _MASK
     return value ^ (value >> 31)

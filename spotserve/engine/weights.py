@@ -57,8 +57,6 @@ def load_model(settings: EngineSettings) -> LoadedModel:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{settings.model}: cannot be loaded: {error}") from error
     module.eval().requires_grad_(False)
-    # Some configurations ask for sub-modules in float32 or leave buffers as they were: one dtype for all.
-    module.to(dtype)
     return LoadedModel(module, _spec_of(module, settings.model_name), dtype, _end_token_ids(module))
 
 

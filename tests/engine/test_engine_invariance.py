@@ -1,0 +1,185 @@
+"""A request gives the same tokens whatever runs beside it, however it is cut, drafted, evicted, resumed or moved."""
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from spotserve.core.request import Request
+from spotserve.core.ties import near_tie_gap
+from spotserve.engine.engine import Engine
+from spotserve.speculation.tree import ROOT, DraftTree
+
+DTYPES = ["float64", "float32", "bfloat16"]
+NAMES = [f"r{index}" for index in range(9)]
+
+
+def request_of(make_request: Callable[..., Request], name: str, **changes: object) -> Request:
+    index = NAMES.index(name)
+    kinds: list[dict[str, object]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.9, "top_p": 0.9, "frequency_penalty": 0.4, "repetition_penalty": 1.1},
+    ]
+    return make_request(name, 3 + 17 * index, **{"max_tokens": 24 + index, "gaps": True, "logprobs": 1, **kinds[index % 3], **changes})
+
+
+def assert_same(got: Sequence[int], alone: "object", dtype: str) -> None:
+    """Equal; below float64 the first difference may be a near tie."""
+    expected, gaps = alone.token_ids, alone.gaps  # type: ignore[attr-defined]
+    for position, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
+        if mine != theirs:
+            assert gaps[position] < near_tie_gap(dtype), f"altered at {position} with a lead of {gaps[position]}"
+            return
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def alone(dtype: str, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable[..., Request]) -> dict:
+    """What each request gives with the engine to itself."""
+    engine = make_engine(dtype=dtype)
+    results = {}
+    for name in NAMES:
+        engine.add(request_of(make_request, name))
+        results.update(collect(engine))
+    return results
+
+
+def test_batched(dtype: str, alone: dict, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable) -> None:
+    engine = make_engine(dtype=dtype)
+    for name in NAMES:
+        engine.add(request_of(make_request, name))
+    for name, got in collect(engine).items():
+        assert_same(got.token_ids, alone[name], dtype)
+        if got.token_ids == alone[name].token_ids and dtype == "float64":
+            mine, theirs = ([item.logprob for item in items] for items in (got.logprobs, alone[name].logprobs))
+            assert mine == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize("max_step_tokens", [16, 23, 256])
+def test_chunked(
+    max_step_tokens: int, dtype: str, alone: dict, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable
+) -> None:
+    engine = make_engine(dtype=dtype, max_step_tokens=max_step_tokens, block_tokens=8)
+    for name in reversed(NAMES):
+        engine.add(request_of(make_request, name))
+    for name, got in collect(engine).items():
+        assert_same(got.token_ids, alone[name], dtype)
+
+
+def test_evicted(dtype: str, alone: dict, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable) -> None:
+    engine = make_engine(dtype=dtype, kv_tokens=208)
+    for name in NAMES:
+        engine.add(request_of(make_request, name))
+    collected = collect(engine)
+    for name, got in collected.items():
+        assert_same(got.token_ids, alone[name], dtype)
+    assert sum(got.recomputed_tokens for got in collected.values()) > 0, "nothing was evicted: nothing was tested"
+
+
+@pytest.mark.parametrize("after", [1, 7, 20])
+def test_resumed(after: int, dtype: str, alone: dict, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable) -> None:
+    engine = make_engine(dtype=dtype, max_step_tokens=32)
+    for name in NAMES:
+        engine.add(request_of(make_request, name), emitted_token_ids=alone[name].token_ids[:after])
+    for name, got in collect(engine).items():
+        assert_same([*alone[name].token_ids[:after], *got.token_ids], alone[name], dtype)
+        assert got.recomputed_tokens == len(request_of(make_request, name).prompt_token_ids) + after
+
+
+@pytest.mark.parametrize("steps", [1, 4, 15])
+def test_moved(steps: int, dtype: str, alone: dict, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable) -> None:
+    """By export and import where the sequence has KV, from its tokens where it has none."""
+    first, second = make_engine(dtype=dtype, max_step_tokens=64), make_engine(dtype=dtype, block_tokens=8)
+    for name in NAMES:
+        first.add(request_of(make_request, name))
+    emitted: dict[str, list[int]] = {name: [] for name in NAMES}
+    for _ in range(steps):
+        for output in first.step().outputs:
+            emitted[output.request_id].extend(output.token_ids)
+    imported = 0
+    for name in NAMES:
+        exported = first.export_sequence(name)
+        assert exported is not None
+        assert list(exported.output_token_ids) == emitted[name]
+        if second.import_sequence(exported):
+            imported += 1
+        else:
+            second.add(exported.request, emitted_token_ids=exported.output_token_ids)
+    assert imported > 0
+    assert not first.has_work
+    assert first.kv_tokens_used == 0
+    for name, got in collect(second).items():
+        assert_same([*emitted[name], *got.token_ids], alone[name], dtype)
+
+
+class LeakyOracle:
+    """Knows the answers and hides them among wrong branches: accepted paths of every shape come up."""
+
+    def __init__(self, answers: dict[str, list[int]], prompts: dict[str, int], *, branching: bool) -> None:
+        self._answers, self._prompts, self._branching = answers, prompts, branching
+        self._chance = random.Random(5)
+
+    def propose(self, sequence_id: str, token_ids: Sequence[int], *, max_tokens: int) -> DraftTree:
+        ahead = self._answers[sequence_id][len(token_ids) - self._prompts[sequence_id] :]
+        nodes: list[int] = []
+        parents: list[int] = []
+        right = ROOT
+        for token_id in ahead[: self._chance.randint(0, 4)]:
+            before = right
+            if self._branching:
+                for _ in range(self._chance.randint(0, 2)):
+                    nodes.append((token_id + self._chance.randint(1, 50)) % 96)
+                    parents.append(self._chance.choice([before, ROOT]))
+            nodes.append(token_id if self._chance.random() < 0.8 else (token_id + 1) % 96)
+            parents.append(before)
+            right = len(nodes) - 1
+        return DraftTree(tuple(nodes), tuple(parents)).cut(max_tokens)
+
+    def forget(self, sequence_id: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize("branching", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_drafted(
+    together: bool,
+    branching: bool,
+    dtype: str,
+    alone: dict,
+    make_engine: Callable[..., Engine],
+    collect: Callable,
+    make_request: Callable,
+) -> None:
+    prompts = {name: len(request_of(make_request, name).prompt_token_ids) for name in NAMES}
+    oracle = LeakyOracle({name: got.token_ids for name, got in alone.items()}, prompts, branching=branching)
+    engine = make_engine(dtype=dtype, speculation="ngram:12", drafter=oracle, block_tokens=4)
+    collected = {}
+    for name in NAMES:
+        engine.add(request_of(make_request, name))
+        if not together:
+            collected.update(collect(engine))
+    collected.update(collect(engine))
+    for name, got in collected.items():
+        assert_same(got.token_ids, alone[name], dtype)
+    accepted = sum(got.accepted_tokens for got in collected.values())
+    assert 0 < accepted < sum(got.draft_tokens for got in collected.values())
+
+
+def test_stop_inside_an_accepted_run_trims_what_follows(
+    dtype: str, alone: dict, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable
+) -> None:
+    name = "r1"
+    answer = alone[name].token_ids
+    stop = answer[5]
+    end = answer.index(stop) + 1
+    oracle = LeakyOracle({name: answer}, {name: 20}, branching=False)
+    engine = make_engine(dtype=dtype, speculation="ngram:12", drafter=oracle)
+    engine.add(request_of(make_request, name, stop_token_ids=(stop,)))
+    got = collect(engine)[name]
+    assert got.token_ids == answer[:end]
+    assert len(got.logprobs) == len(got.gaps) == end
