@@ -12,12 +12,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
 from spotserve.checkpoint.codec import pack_row, unpack_value
 from spotserve.checkpoint.redis_script import COMMIT, COMMIT_SHA1
@@ -36,7 +36,11 @@ def key(kind: str, row_id: str) -> str:
 
 
 class RedisStore:
-    """`store.Store` at `url`: `redis://` or, with TLS, `rediss://`; user, password and database as in any Redis URL."""
+    """`store.Store` at `url`: `redis://` or, with TLS, `rediss://`; user, password and database as in any Redis URL.
+
+    With `?cluster=true` the URL names any node of a Redis cluster. Its keys live on different nodes, so a batch is then one
+    call per request, in one pipeline per node; it is no longer all or nothing, which the rules do not need.
+    """
 
     def __init__(self, url: str, *, time_to_live_s: float, timeout_s: float) -> None:
         """
@@ -48,14 +52,7 @@ class RedisStore:
         self._timeout_s = timeout_s
         self._closed = False
         try:
-            self._redis = redis.asyncio.Redis.from_url(
-                url,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                # Once more, at once, because a pooled connection may be that of a server that was restarted. Safe:
-                # everything here may be said twice.
-                retry=Retry(NoBackoff(), 1),
-            )
+            self._redis, self._clustered = _client(url, timeout_s)
         except ValueError as error:
             raise ConfigError(f"store.url: {error}") from error
 
@@ -66,23 +63,17 @@ class RedisStore:
 
     async def commit(self, batch: Sequence[Commit]) -> list[CommitOutcome]:
         """See `store.ProgressStore`."""
-        if not batch:
-            return []
-        keys = [key("progress", commit.request_id) for commit in batch]
-        rows = b"".join(pack_row(epoch=c.epoch, position=c.position, finish=c.finish_reason, token_ids=c.token_ids) for c in batch)
-        answer = await self._guard(lambda: self._run_commit(keys, rows))
-        numbers = iter(answer)
-        return [
-            CommitOutcome(commit.request_id, _VERDICTS[verdict], length, epoch)
-            for commit, verdict, length, epoch in zip(batch, numbers, numbers, numbers, strict=False)
-        ]
+        groups: dict[str, list[Commit]] = {}
+        for commit in batch:
+            groups.setdefault(self._group_of(commit), []).append(commit)
+        answers = await self._guard(lambda: self._run_commits(list(groups.values())))
+        outcomes = dict(zip(groups, map(iter, answers), strict=True))
+        return [next(outcomes[self._group_of(commit)]) for commit in batch]
 
     async def load(self, request_ids: Sequence[str]) -> Mapping[str, Progress]:
         """See `store.ProgressStore`."""
-        if not request_ids:
-            return {}
-        keys = [key("progress", request_id) for request_id in request_ids]
-        values = cast("list[bytes | None]", await self._guard(lambda: self._redis.mget(keys)))
+        questions = [("GET", key("progress", request_id)) for request_id in request_ids]
+        values = cast("list[bytes | None]", await self._guard(lambda: self._together(questions)))
         return {
             request_id: _unpack_progress(value) for request_id, value in zip(request_ids, values, strict=True) if value is not None
         }
@@ -98,11 +89,11 @@ class RedisStore:
     async def delete_call(self, call_id: str, request_ids: Sequence[str]) -> None:
         """See `store.CallStore`."""
         keys = [key("call", call_id), *(key("progress", request_id) for request_id in request_ids)]
-        await self._guard(lambda: self._redis.unlink(*keys))
+        await self._guard(lambda: self._together([("UNLINK", each) for each in keys]))
 
     async def ping(self) -> None:
         """See `store.Store`."""
-        await self._guard(lambda: self._redis.ping())
+        await self._guard(self._redis.ping)
 
     async def close(self) -> None:
         """See `store.Store`."""
@@ -110,12 +101,29 @@ class RedisStore:
             self._closed = True
             await self._redis.aclose()
 
-    async def _run_commit(self, keys: Sequence[str], rows: bytes) -> list[int]:
+    def _group_of(self, commit: Commit) -> str:
+        """Commits of one group go into one call of the script."""
+        return commit.request_id if self._clustered else ""
+
+    async def _run_commits(self, groups: Sequence[Sequence[Commit]]) -> list[list[CommitOutcome]]:
+        arguments = [_script_arguments(group, self._time_to_live_ms) for group in groups]
         try:
-            answer = await self._redis.evalsha(COMMIT_SHA1, len(keys), *keys, self._time_to_live_ms, rows)
+            answers = await self._together([("EVALSHA", COMMIT_SHA1, *each) for each in arguments])
         except NoScriptError:  # the first commit ever, or Redis was restarted, or another server took over
-            answer = await self._redis.eval(COMMIT, len(keys), *keys, self._time_to_live_ms, rows)
-        return cast("list[int]", answer)
+            answers = await self._together([("EVAL", COMMIT, *each) for each in arguments])
+        return [_outcomes(group, cast("list[int]", answer)) for group, answer in zip(groups, answers, strict=True)]
+
+    async def _together(self, commands: Sequence[Sequence[str | bytes | int]]) -> list[object]:
+        """The answers to `commands`, all sent at once."""
+        if not commands:
+            return []
+        if len(commands) == 1:
+            return [await self._redis.execute_command(*commands[0])]
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            answers: list[object] = await pipeline.execute()
+            return answers
 
     async def _guard(self, call: Callable[[], Awaitable[Result]]) -> Result:
         if self._closed:
@@ -125,8 +133,39 @@ class RedisStore:
                 return await call()
         except TimeoutError as error:
             raise StoreError(f"{self._display_url} did not answer within {self._timeout_s:g} s") from error
-        except (RedisError, OSError) as error:
+        except (RedisError, RedisClusterException, OSError) as error:
             raise StoreError(f"{self._display_url}: {error}") from error
+
+
+def _client(url: str, timeout_s: float) -> tuple[redis.asyncio.Redis | redis.asyncio.RedisCluster, bool]:
+    """The client for `url`, and whether it speaks to a cluster. Connects at the first use."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    clustered = query.pop("cluster", "false") == "true"
+    client = redis.asyncio.RedisCluster if clustered else redis.asyncio.Redis
+    return client.from_url(
+        parts._replace(query=urlencode(query)).geturl(),
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        # Once more, at once, because a pooled connection may be that of a server that was restarted. Safe: everything
+        # here may be said twice.
+        retry=Retry(NoBackoff(), 1),
+    ), clustered
+
+
+def _script_arguments(group: Sequence[Commit], time_to_live_ms: int) -> tuple[str | bytes | int, ...]:
+    rows = b"".join(
+        pack_row(epoch=each.epoch, position=each.position, finish=each.finish_reason, token_ids=each.token_ids) for each in group
+    )
+    return (len(group), *(key("progress", each.request_id) for each in group), time_to_live_ms, rows)
+
+
+def _outcomes(group: Sequence[Commit], answer: Sequence[int]) -> list[CommitOutcome]:
+    numbers = iter(answer)
+    return [
+        CommitOutcome(commit.request_id, _VERDICTS[verdict], length, epoch)
+        for commit, verdict, length, epoch in zip(group, numbers, numbers, numbers, strict=False)
+    ]
 
 
 def _unpack_progress(value: bytes) -> Progress:

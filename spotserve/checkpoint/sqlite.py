@@ -75,7 +75,7 @@ class SqliteStore:
             return []
         now_s = self._clock.now_s()
         outcomes = await self._run(lambda connection: self._commit(connection, batch, now_s))
-        if now_s >= self._next_sweep_s:
+        if now_s >= self._next_sweep_s and not self._closed:
             self._next_sweep_s = now_s + min(_SWEEP_EVERY_S, self._time_to_live_s)
             self._thread.submit(self._sweep)
         return outcomes

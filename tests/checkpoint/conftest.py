@@ -40,14 +40,29 @@ class RedisServer:
         give_up_s = time.monotonic() + 20
         while time.monotonic() < give_up_s:
             try:
-                with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
-                    connection.sendall(b"PING\r\n")
-                    if connection.recv(100).startswith((b"+PONG", b"-NOAUTH")):
-                        return
+                if self.ask("PING").startswith(("+PONG", "-NOAUTH")):
+                    return
             except OSError:
                 pass
             time.sleep(0.02)
         pytest.fail("redis-server did not come up")
+
+    def ask(self, command: str) -> str:
+        """The answer of Redis, as it writes it."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+            connection.sendall(f"{command}\r\n".encode())
+            return connection.recv(4096).decode()
+
+    def form_cluster(self) -> None:
+        """All keys are this server's, which was started as a node of a cluster."""
+        assert self.ask("CLUSTER ADDSLOTSRANGE 0 16383") == "+OK\r\n"
+        self.wait_for_cluster()
+
+    def wait_for_cluster(self) -> None:
+        give_up_s = time.monotonic() + 20
+        while "cluster_state:ok" not in self.ask("CLUSTER INFO"):
+            assert time.monotonic() < give_up_s, "the cluster does not come up"
+            time.sleep(0.02)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -72,10 +87,24 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     server.kill()
 
 
-@pytest.fixture(params=["sqlite", "redis"])
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A cluster of one node: it refuses calls on keys of several slots, as any cluster does."""
+    server = RedisServer(tmp_path_factory.mktemp("cluster"))
+    server.start("--cluster-enabled", "yes", "--cluster-announce-ip", "127.0.0.1")
+    server.form_cluster()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=["sqlite", "redis", "cluster"])
 def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
     """Opens one and the same store each time; arguments are those of `StoreSettings`."""
-    url = request.getfixturevalue("redis_server").url if request.param == "redis" else None
+    url = None
+    if request.param == "redis":
+        url = request.getfixturevalue("redis_server").url
+    elif request.param == "cluster":
+        url = request.getfixturevalue("redis_cluster").url + "?cluster=true"
 
     def open_one(**settings: float) -> Store:
         return open_store(StoreSettings.model_validate({"url": url, "timeout_s": 20.0, **settings}), tmp_path / "progress.db")

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
@@ -85,16 +86,22 @@ async def test_killed_writers_leave_all_that_was_acknowledged(tmp_path: Path) ->
     await store.close()
 
 
-async def test_killed_redis_is_an_error_while_away_and_works_again(own_redis) -> None:
-    own_redis.start()
-    store = redis_at(own_redis.url)
-    for round_index in range(3):
+@pytest.mark.parametrize("clustered", [False, True])
+async def test_killed_redis_is_an_error_while_away_and_works_again(own_redis, clustered: bool) -> None:
+    options = ("--cluster-enabled", "yes", "--cluster-announce-ip", "127.0.0.1") if clustered else ()
+    own_redis.start(*options)
+    if clustered:
+        own_redis.form_cluster()
+    store = redis_at(own_redis.url + ("?cluster=true" if clustered else ""))
+    for round_index in range(2):
         await store.commit([commit("r", round_index, round_index)])
         own_redis.kill()
         for call in (store.commit([commit("r", 0, 1)]), store.load(["r"]), store.put_call("c", b""), store.ping()):
             with pytest.raises(StoreError):
                 await call
-        own_redis.start()
+        own_redis.start(*options)
+        if clustered:
+            own_redis.wait_for_cluster()
         assert (await store.load(["r"]))["r"].token_ids == tuple(range(round_index + 1))
     await store.close()
 
@@ -103,9 +110,7 @@ async def test_script_is_sent_again_when_redis_forgot_it(own_redis) -> None:
     own_redis.start()
     store = redis_at(own_redis.url)
     await store.commit([commit("r", 0, 1)])
-    with socket.create_connection(("127.0.0.1", own_redis.port)) as connection:
-        connection.sendall(b"SCRIPT FLUSH\r\n")
-        assert connection.recv(100) == b"+OK\r\n"
+    assert own_redis.ask("SCRIPT FLUSH") == "+OK\r\n"
     assert (await store.commit([commit("r", 1, 2)]))[0].verdict is Verdict.OK
     await store.close()
 
@@ -144,6 +149,28 @@ async def test_password_is_used_and_never_shown(own_redis, caplog: pytest.LogCap
         await wrong.ping()
     await wrong.close()
     assert "wr0ng" not in f"{caught.value}{wrong.display_url}{wrong!r}{caplog.text}"
+
+
+async def test_redis_behind_tls(own_redis, tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    secret, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    request = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=redis"]
+    request += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(secret), "-out", str(certificate)]
+    subprocess.run(request, check=True, capture_output=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    files = ("--tls-cert-file", str(certificate), "--tls-key-file", str(secret), "--tls-ca-cert-file", str(certificate))
+    own_redis.start("--tls-port", str(port), "--tls-auth-clients", "no", *files)
+    trusting = redis_at(f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificate}")
+    assert (await trusting.commit([commit("r", 0, 1)]))[0].verdict is Verdict.OK
+    doubting = redis_at(f"rediss://127.0.0.1:{port}")
+    with pytest.raises(StoreError, match="certificate"):
+        await doubting.ping()
+    await trusting.close()
+    await doubting.close()
 
 
 async def test_redis_that_never_answers_does_not_hang() -> None:
