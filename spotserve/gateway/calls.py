@@ -64,7 +64,11 @@ class TokenStream(Protocol):
 
 
 class TokenSource(Protocol):
-    """Whoever makes tokens. It answers for unbroken streams; the gateway answers for what the client reads."""
+    """Whoever makes tokens. It answers for unbroken streams; the gateway answers for what the client reads.
+
+    Every `submit` and every `reattach` that found its call is followed by exactly one `release` or `detach`. A client may come
+    back before its old connection is known to be dead, so a source counts attachments.
+    """
 
     @property
     def model(self) -> ModelSpec | None:
@@ -85,10 +89,10 @@ class TokenSource(Protocol):
         """A call that is under way or kept, with whole streams from position 0; None: not known."""
 
     def cancel(self, request_id: str) -> None:
-        """No more tokens of this request are wanted."""
+        """No more tokens of this request are wanted. Harmless when it has ended, or was cancelled before."""
 
     def detach(self, call_id: str) -> None:
-        """The client left a stream; the source cancels the call after its grace unless it is re-attached."""
+        """One reader left; if it was the last, the source cancels the call after its grace unless it is re-attached."""
 
     def release(self, call_id: str) -> None:
-        """The answer was delivered in full."""
+        """The answer was written in full. Its last bytes may still be lost on the way: a source does well to keep it a while."""

@@ -1,6 +1,7 @@
 """An answer in one piece: wait for every choice, or for the client to leave.
 
-Invariant: a client that leaves a call which is not streamed can never read its answer, so nothing of it goes on. Knows no JSON.
+Invariant: a client that leaves a call which is not streamed can never read its answer, so nothing of it goes on; and the call ends
+released or detached, never both. Knows no JSON.
 """
 
 import asyncio
@@ -19,10 +20,10 @@ class ClientLeft(Exception):
 
 
 async def collect(source: TokenSource, answer: Answer, streams: Sequence[TokenStream], receive: Receive) -> Problem | None:
-    """Read all choices to their ends; the problem of the first that has no proper end.
+    """Read all choices to their ends and release the call; the problem of the first choice that has no proper end.
 
     Raises:
-        ClientLeft: the client closed its connection; the requests are cancelled.
+        ClientLeft: the client closed its connection; the requests are cancelled and the call is detached.
     """
     done = asyncio.Event()
 
@@ -34,6 +35,7 @@ async def collect(source: TokenSource, answer: Answer, streams: Sequence[TokenSt
         await client_left(receive)
         done.set()
 
+    complete = False
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(watch(), name=f"watch {answer.call_id}")]
@@ -42,11 +44,13 @@ async def collect(source: TokenSource, answer: Answer, streams: Sequence[TokenSt
             await done.wait()
             for task in tasks:
                 task.cancel()
+        problem = next((choice.finish.problem for choice in answer.choices if choice.finish and choice.finish.problem), None)
+        complete = problem is not None or all(choice.finish for choice in answer.choices)
     finally:
         for choice in answer.choices:
             if choice.finish is None:
                 source.cancel(choice.request_id)
-    problem = next((choice.finish.problem for choice in answer.choices if choice.finish and choice.finish.problem), None)
-    if problem is None and not all(choice.finish for choice in answer.choices):
+        (source.release if complete else source.detach)(answer.call_id)
+    if not complete:
         raise ClientLeft
     return problem

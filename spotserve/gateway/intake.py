@@ -19,6 +19,8 @@ from spotserve.gateway.openai import MAX_STOP_CHARACTERS, MAX_STOPS, CallBody, C
 from spotserve.gateway.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
+GREEDY_TEMPERATURE = 1e-5
+"""Lower temperatures are 0: dividing by them would overflow, and the noise could not win anyway."""
 MAX_CALL_CHOICES = 256
 """Choices of all prompts of one call together."""
 
@@ -208,12 +210,13 @@ def _sampling(body: CallBody, model: ModelSpec, *, max_tokens: int, logprobs: in
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequest(f"'min_tokens' ({min_tokens}) is more than the {max_tokens} allowed.", param="min_tokens")
+    temperature = _given(body.temperature, 1.0)
     stop_token_ids = tuple(body.stop_token_ids or ())
     if stop_token_ids:
         _check_ids(stop_token_ids, model, "stop_token_ids")
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=_given(body.temperature, 1.0),
+        temperature=0.0 if temperature < GREEDY_TEMPERATURE else temperature,
         top_p=_given(body.top_p, 1.0),
         top_k=max(0, body.top_k or 0),  # vLLM's -1 means off
         min_p=_given(body.min_p, 0.0),

@@ -49,7 +49,8 @@ class CallBody(msgspec.Struct, frozen=True, kw_only=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+    """Beyond this range logits overflow."""
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     min_tokens: Natural | None = None
     stop_token_ids: list[Natural] | None = None

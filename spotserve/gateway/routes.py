@@ -127,6 +127,7 @@ class Routes:
             return _unknown_call(call_id)
         for one in found[0].requests:
             self._source.cancel(one.request_id)
+        self._source.detach(call_id)
         return JSONResponse({"id": call_id, "object": "request.deleted", "deleted": True})
 
     async def ready(self) -> Response:
@@ -144,8 +145,8 @@ class Routes:
         return JSONResponse({"version": _version()})
 
     async def _serve(self, request: Request, call: Call) -> Response:
-        streams = await self._source.submit(call)
         answer = Answer(call, self._tokenizer)
+        streams = await self._source.submit(call)
         headers = {"x-request-id": call.call_id}
         if answer.envelope.stream:
             writer = EventWriter(answer, self._tokenizer)
@@ -155,7 +156,6 @@ class Routes:
             problem = await collect(self._source, answer, streams, request.receive)
         except ClientLeft:
             return Response(status_code=CLIENT_LEFT_STATUS)
-        self._source.release(call.call_id)
         if problem is not None:
             status = 500 if problem.type == "server_error" else 400
             return problem_response(status, problem, headers)

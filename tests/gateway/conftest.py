@@ -1,7 +1,7 @@
 """A small byte-level tokenizer with a chat template, trained on the spot, and applications over scripted sources."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,11 +67,15 @@ def says(tokenizer: Tokenizer, eos_id: int) -> Callable[..., Reply]:
 
 
 @pytest.fixture
-def source_of(tokenizer: Tokenizer) -> Callable[..., ScriptedSource]:
-    """A source that answers every request with one reply, or with `respond(request)`."""
+def source_of(tokenizer: Tokenizer) -> Iterator[Callable[..., ScriptedSource]]:
+    """A source that answers every request with one reply, or with `respond(request)`. Its attachments must balance in the end."""
+    built: list[ScriptedSource] = []
 
     def build(reply: Reply | Callable[[Request], Reply], **options: object) -> ScriptedSource:
         respond = (lambda _request: reply) if isinstance(reply, Reply) else reply
-        return ScriptedSource(respond, model_spec(tokenizer.vocabulary_size), **options)
+        built.append(ScriptedSource(respond, model_spec(tokenizer.vocabulary_size), **options))
+        return built[-1]
 
-    return build
+    yield build
+    for source in built:
+        assert sorted(source.attached) == sorted(source.detached + source.released)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from spotserve.core.errors import Overloaded, SpotServeError
+from spotserve.core.errors import Overloaded
 from spotserve.core.model import ModelSpec
 from spotserve.core.request import FinishReason, Request, TokenDelta, TokenLogprob
 from spotserve.gateway.calls import Call
@@ -32,7 +32,7 @@ class Reply:
     token_ids: tuple[int, ...]
     finish: FinishReason = FinishReason.STOP
     error: str | None = None
-    raises: SpotServeError | None = None
+    raises: Exception | None = None
     """Raised by the stream in place of its end."""
     group: int = 1
     """Tokens per delta."""
@@ -110,6 +110,7 @@ class ScriptedSource:
     retry_after_s: float = 0.01
     calls: dict[str, Call] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
+    attached: list[str] = field(default_factory=list)
     detached: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -131,7 +132,6 @@ class ScriptedSource:
         return None if call is None else (call, self._streams(call))
 
     def cancel(self, request_id: str) -> None:
-        assert request_id not in self.cancelled, "cancelled twice"
         self.cancelled.add(request_id)
         self._waiting.setdefault(request_id, asyncio.Event()).set()
         self.changed.set()
@@ -155,4 +155,5 @@ class ScriptedSource:
                 wait.cancel()
 
     def _streams(self, call: Call) -> tuple[ScriptedStream, ...]:
+        self.attached.append(call.call_id)
         return tuple(ScriptedStream(self, request, self.respond(request)) for request in call.requests)

@@ -80,6 +80,7 @@ CHAT_FIELDS = [
     ({"presence_penalty": 2.1}, 400, "presence_penalty", None),
     ({"frequency_penalty": -2.1}, 400, "frequency_penalty", None),
     ({"repetition_penalty": 0}, 400, "repetition_penalty", None),
+    ({"repetition_penalty": 1e300}, 400, "repetition_penalty", None),
     ({"logit_bias": {"99999": 1}}, 400, "logit_bias", None),
     ({"logit_bias": {"abc": 1}}, 400, "logit_bias", None),
     ({"logit_bias": {"-1": 1}}, 400, "logit_bias", None),
@@ -262,6 +263,19 @@ def test_a_bug_inside_is_a_500_without_details(source_of, says, tokenizer, caplo
     assert "secret detail" in caplog.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bug_while_tokens_come_is_told_and_leaves_nothing_attached(source_of, says, tokenizer, stream, caplog):
+    source = source_of(says("part", raises=RuntimeError("secret detail")))
+    response = send(build_app(source, tokenizer), "POST", CHAT, json={"messages": MESSAGES, "stream": stream})
+    if stream:
+        events = read_events(response.content)
+        assert events[-1].data == "[DONE]" and events[-2].json["error"]["type"] == "server_error"
+    else:
+        assert error_of(response).status == 500
+    assert b"secret" not in response.content and "secret detail" in caplog.text
+    assert source.detached == list(source.calls)
+
+
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failed_choice_ends_the_call_with_an_error(source_of, says, tokenizer, stream, raises):
@@ -352,7 +366,7 @@ def test_no_json_value_of_any_field_makes_a_5xx(app, loop, path, kind):
         async with client_of(app) as client:
             return await client.post(path, json=body)
 
-    @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(given_fields=st.dictionaries(st.sampled_from(fields), JSON, max_size=3))
     def check(given_fields):
         response = loop.run(post({"messages": MESSAGES, "prompt": "hello", **given_fields}))

@@ -189,7 +189,7 @@ def test_leaving_a_call_that_is_not_streamed_cancels_all_its_choices(source_of, 
         await app({**scope, "http_version": "1.1"}, receive, send)
         (call_id,) = source.calls
         assert source.cancelled == {f"{call_id}-{index}" for index in range(3)}
-        assert not source.released and not source.detached
+        assert source.detached == [call_id] and not source.released
 
     asyncio.run(go())
 
