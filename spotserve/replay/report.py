@@ -72,7 +72,7 @@ SECTIONS: Mapping[str, Sequence[Line]] = {
 
 def table(columns: Mapping[str, Summary]) -> Table:
     """Summaries side by side, one column each."""
-    shown = Table(title=None, show_edge=False, pad_edge=False)
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     shown.add_column("")
     for name in columns:
         shown.add_column(name, justify="right")

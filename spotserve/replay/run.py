@@ -63,9 +63,17 @@ def read_timeline(capacity: Path | None, requests: Path, scaling: Scaling) -> Ti
 
     Raises:
         TraceError: a file cannot be read, or does not hold what its format promises.
+        ConfigError: no request lies in the part that is to be replayed.
     """
     fleet = parse_capacity(read_trace_text(capacity), str(capacity)) if capacity else None
-    return merge(fleet, parse_requests(read_trace_text(requests), str(requests)), scaling)
+    load = parse_requests(read_trace_text(requests), str(requests))
+    timeline = merge(fleet, load, scaling)
+    if not timeline.arrivals:
+        last_s = load.requests[-1].arrival_s if load.requests else 0.0
+        raise ConfigError(
+            f"start_s={scaling.start_s:g}, duration_s={scaling.duration_s}: no request of {requests} in it (0-{last_s:g} s)"
+        )
+    return timeline
 
 
 @asynccontextmanager

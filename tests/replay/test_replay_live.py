@@ -15,7 +15,7 @@ from spotserve.replay import live
 from spotserve.replay.admin import Admin
 from spotserve.replay.client import StreamClient
 from spotserve.replay.record import RequestRecord, RunRecord
-from spotserve.replay.run import ReplayOptions, run_replay
+from spotserve.replay.run import ReplayOptions, read_timeline, run_replay
 from spotserve.replay.timeline import Arrive, GiveNotice, Launch, Scaling, Take, Timeline
 from spotserve.system_clock import SystemClock
 
@@ -249,6 +249,10 @@ class TestRun:
         with pytest.raises(TraceError, match=r"absent\.csv"):
             run_replay(self.options(fake_system, traces, tmp_path / "out"), Console(quiet=True))
         assert fake_system.script.admin_calls == []
+
+    def test_a_part_without_requests_is_said(self, traces) -> None:
+        with pytest.raises(ConfigError, match=r"start_s=99.*0-2\.75 s"):
+            read_timeline(traces["capacity"], traces["requests"], Scaling(start_s=99))
 
 
 class TestDemo:
