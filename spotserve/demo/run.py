@@ -19,11 +19,12 @@ from spotserve.replay.summary import summarise
 from spotserve.replay.timeline import Scaling, Timeline
 
 STEADY = "steady"
-TRACES = Path("traces")
+TRACES = Path(__file__).parents[2] / "traces"
+"""In the source tree; another place is an argument."""
 CAPACITY = TRACES / "demo-capacity.csv"
 REQUESTS = TRACES / "demo-requests.csv"
 PRICES = LocalCloudSettings()
-SCALING = Scaling(grace_s=3.0, notice_share=0.5, seed=1)
+SCALING = Scaling(grace_s=3.0, notice_share=0.5, seed=29)
 """Three seconds of notice to a minute of trace stand for the clouds' half minute to two minutes."""
 
 

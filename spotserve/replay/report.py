@@ -13,6 +13,9 @@ from spotserve.replay.record import RunRecord
 from spotserve.replay.summary import Summary, fleet_steps
 
 PICTURE_COLUMNS = 96
+"""At most; a narrow console gets a narrower picture."""
+_LABEL_COLUMNS = 16
+_FRAME_COLUMNS = 4
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -109,12 +112,14 @@ def picture(run: RunRecord, columns: int = PICTURE_COLUMNS) -> RenderableType:
             marks[_column(run, preemption.notice_s, columns)] = "!"
     for preemption in preemptions(run.fleet_events):
         marks[_column(run, preemption.lost_s, columns)] = "x" if preemption.notice_s is not None else "X"
-    return Group(
-        Text.assemble(("fleet   ", "bold"), (bars(fleet), "cyan"), f"  at most {max(fleet)} instances"),
-        Text.assemble(("tokens  ", "bold"), (bars(rates), "green"), f"  at most {max(rates):,.0f} per second"),
-        Text.assemble(("        ", ""), ("".join(marks), "bold red"), "  ! notice, x loss, X loss without notice"),
-        Text(f"        0{f'{run.duration_s:.0f} s':>{columns - 1}}", style="dim"),
+    lines = (
+        (f"fleet, max {max(fleet)}", bars(fleet), "cyan"),
+        (f"tok/s, max {max(rates):,.0f}", bars(rates), "green"),
+        ("! notice, x loss", "".join(marks), "bold red"),
     )
+    drawn = [Text.assemble((f"{label:<{_LABEL_COLUMNS}} ", "bold"), (line, style)) for label, line, style in lines]
+    axis = Text(f"{'X without notice':<{_LABEL_COLUMNS}} 0{f'{run.duration_s:.0f} s':>{columns - 1}}", style="dim")
+    return Group(*drawn, axis)
 
 
 def _column(run: RunRecord, at_s: float, columns: int) -> int:
@@ -130,6 +135,7 @@ def bars(values: Sequence[float]) -> str:
 
 def print_report(console: Console, runs: Mapping[str, tuple[RunRecord, Summary]]) -> None:
     """Pictures and table of runs side by side; the names become the table's columns."""
+    columns = max(10, min(PICTURE_COLUMNS, console.width - _LABEL_COLUMNS - 1 - _FRAME_COLUMNS))
     for name, (run, _) in runs.items():
-        console.print(Panel(picture(run), title=name, title_align="left", expand=False))
+        console.print(Panel(picture(run, columns), title=name, title_align="left", expand=False))
     console.print(table({name: summary for name, (_, summary) in runs.items()}))

@@ -164,12 +164,15 @@ def run_replay(options: ReplayOptions, console: Console | None = None) -> int:
 async def _replay(options: ReplayOptions, timeline: Timeline, console: Console) -> tuple[RunRecord, RunRecord | None]:
     async with connected(options, console) as system:
         if options.capacity is None:
-            run = await live.carry_out(timeline, system, label=REPLAYED, patience_s=options.patience_s)
-        else:
-            async with driven_by_trace(system, options.prices):
-                run = await live.carry_out(timeline, system, label=REPLAYED, patience_s=options.patience_s)
-        if not options.reference:
-            return run, None
-        await live.prepare_fleet(system, max(1, len(timeline.initial)), patience_s=options.patience_s)
-        concurrency = options.reference_concurrency
-        return run, await live.answer_all(timeline.arrivals, system, label=REFERENCE, concurrency=concurrency)
+            return await _passes(options, timeline, system)
+        async with driven_by_trace(system, options.prices):
+            return await _passes(options, timeline, system)
+
+
+async def _passes(options: ReplayOptions, timeline: Timeline, system: live.System) -> tuple[RunRecord, RunRecord | None]:
+    run = await live.carry_out(timeline, system, label=REPLAYED, patience_s=options.patience_s)
+    if not options.reference:
+        return run, None
+    await live.prepare_fleet(system, len(timeline.initial) or None, patience_s=options.patience_s)
+    concurrency = options.reference_concurrency
+    return run, await live.answer_all(timeline.arrivals, system, label=REFERENCE, concurrency=concurrency)

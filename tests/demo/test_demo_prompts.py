@@ -1,11 +1,12 @@
 """Prompts of the demonstration."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spotserve.demo.prompts import CHARACTERS_PER_TOKEN, OPENINGS, build_prompt
 
 
+@settings(deadline=None)
 @given(st.integers(1, 600), st.integers(0, 2**32))
 def test_a_prompt_has_about_its_length_and_depends_on_the_seed_alone(prompt_tokens: int, seed: int) -> None:
     prompt = build_prompt(prompt_tokens, seed)

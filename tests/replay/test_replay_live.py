@@ -244,6 +244,12 @@ class TestRun:
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
         assert summary["requests_lost"] == 1 and summary["requests_equal"] is None
 
+    def test_without_a_capacity_trace_nothing_is_done_to_the_fleet(self, fake_system, traces, tmp_path: Path) -> None:
+        del traces["capacity"]
+        assert run_replay(self.options(fake_system, traces, tmp_path / "out"), Console(quiet=True)) == 0
+        assert fake_system.script.admin_calls == []
+        assert json.loads((tmp_path / "out" / "summary.json").read_text())["requests_equal"] == 12
+
     def test_a_missing_trace_is_said_before_anything_runs(self, fake_system, traces, tmp_path: Path) -> None:
         traces["requests"] = tmp_path / "absent.csv"
         with pytest.raises(TraceError, match=r"absent\.csv"):

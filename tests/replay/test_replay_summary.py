@@ -174,10 +174,18 @@ def test_the_picture_shows_fleet_rate_and_marks() -> None:
     console = Console(file=StringIO(), width=140)
     console.print(picture(RUN, columns=50))
     fleet, tokens, marks, axis = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    row = marks[8:58]
+    row = marks[17:67]
     assert [(column, mark) for column, mark in enumerate(row) if mark != " "] == [(10, "x"), (26, "X")]
-    assert "at most 2 instances" in fleet and fleet[8] == "█" and fleet[8 + 12] == "▄" and fleet[8 + 16] == "█"
-    assert tokens[8:58].count(" ") > 30 and axis.strip().startswith("0") and axis.rstrip().endswith("100 s")
+    assert fleet.startswith("fleet, max 2 ") and (fleet[17], fleet[17 + 12], fleet[17 + 16]) == ("█", "▄", "█")
+    assert tokens[17:67].count(" ") > 30 and axis[17] == "0" and axis.rstrip().endswith("100 s")
+
+
+def test_a_narrow_console_gets_a_narrow_picture() -> None:
+    console = Console(file=StringIO(), width=80)
+    print_report(console, {"run": (RUN, summarise(RUN, prices=PRICES))})
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert all(len(line) <= 80 for line in lines) and sum("100 s" in line for line in lines) == 1
+    assert len([line for line in lines if line.startswith("│")]) == 4, "no line is folded"
 
 
 def test_two_runs_stand_side_by_side() -> None:
