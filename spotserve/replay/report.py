@@ -2,16 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
+from itertools import pairwise
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from spotserve.replay.generate import variation
 from spotserve.replay.preemptions import preemptions
 from spotserve.replay.record import RunRecord
 from spotserve.replay.summary import Summary, fleet_steps
+from spotserve.replay.timeline import Launch, Timeline
 
+REPORT_COLUMNS = 120
+"""Width of a report that goes into a file."""
 PICTURE_COLUMNS = 96
 """At most; a narrow console gets a narrower picture."""
 _LABEL_COLUMNS = 16
@@ -49,6 +55,7 @@ SECTIONS: Mapping[str, Sequence[Line]] = {
         Line("requests in flight at a loss", "requests_in_flight_at_losses"),
         Line("requests moved or resumed", "requests_interrupted"),
         Line("tokens recomputed", "tokens_recomputed"),
+        Line("actions that the cloud refused", "capacity_actions_failed", must_be_zero=True),
     ),
     "Latency, ms": (
         Line("TTFT p50", "ttft_p50_s", _MS),
@@ -131,6 +138,28 @@ def bars(values: Sequence[float]) -> str:
     """Values as bars of eighths, the largest a full block; only a value of 0 is blank."""
     top = max(values, default=0) or 1
     return "".join(_BARS[0 if value <= 0 else max(1, round(value / top * (len(_BARS) - 1)))] for value in values)
+
+
+def describe(timeline: Timeline) -> str:
+    """One line on what is about to be replayed."""
+    times_s = [arrival.at_s for arrival in timeline.arrivals]
+    gaps_s = [after - before for before, after in pairwise(times_s)]
+    noticed = sum(take.noticed for take in timeline.losses)
+    launches = sum(isinstance(action, Launch) for action in timeline.actions)
+    losses = f"{len(timeline.losses)} losses ({noticed} with notice)"
+    fleet = f"{len(timeline.initial)} instances at the start, {losses}, {launches} launches"
+    load = f"{len(times_s)} requests"
+    if gaps_s and max(times_s) > 0:
+        load += f" ({len(times_s) / max(times_s):.2f} per second, gap CV {variation(gaps_s):.2f})"
+    clamped = f", {timeline.clamped_rows} rows without tokens given 1" if timeline.clamped_rows else ""
+    return f"{timeline.duration_s:.0f} s: {fleet if timeline.initial else 'the fleet as it is'}; {load}{clamped}"
+
+
+def report_text(runs: Mapping[str, tuple[RunRecord, Summary]]) -> str:
+    """What `print_report` prints, as plain text."""
+    text = StringIO()
+    print_report(Console(file=text, width=REPORT_COLUMNS, color_system=None), runs)
+    return text.getvalue()
 
 
 def print_report(console: Console, runs: Mapping[str, tuple[RunRecord, Summary]]) -> None:

@@ -282,3 +282,11 @@ class TestDemo:
         assert summary["tie_flips"] == (wrong_gap == 1e-6)
         assert (summary["tokens_altered"] > 0) is (wrong_gap == 0.5)
         assert (tmp_path / "demo" / "steady-summary.json").exists()
+        report = (tmp_path / "demo" / "report.txt").read_text()
+        assert "steady" in report and "with preemptions" in report
+
+    def test_a_request_lost_on_the_steady_fleet_fails_too(self, fake_system, traces, tmp_path: Path) -> None:
+        fake_system.script.fail.add(4)
+        code = run_demo(fake_system.url, fake_system.secret, tmp_path / "demo", Console(quiet=True), scaling=SCALING, **traces)
+        summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+        assert code == 1 and summary["requests_lost"] == 1 and summary["requests_equal"] == 11

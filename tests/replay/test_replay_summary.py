@@ -12,9 +12,9 @@ from spotserve.config import LocalCloudSettings
 from spotserve.replay.compare import Comparison, Verdict
 from spotserve.replay.preemptions import SETTLE_S, Preemption, preemptions
 from spotserve.replay.record import Deed, FleetEvent, RequestRecord, RunRecord
-from spotserve.replay.report import SECTIONS, bars, picture, print_report
+from spotserve.replay.report import SECTIONS, bars, describe, picture, print_report
 from spotserve.replay.summary import Objectives, fleet_steps, instance_seconds, percentile, summarise
-from spotserve.replay.timeline import Arrive
+from spotserve.replay.timeline import Arrive, GiveNotice, Launch, Take, Timeline
 
 PRICES = LocalCloudSettings(spot_usd_per_hour=3.6, on_demand_usd_per_hour=36.0)
 
@@ -197,6 +197,22 @@ def test_two_runs_stand_side_by_side() -> None:
     altered = next(line for line in text.splitlines() if "tokens altered" in line)
     assert header.index("steady") < header.index("with preemptions")
     assert altered.split() == ["tokens", "altered", "–", "4"]
+
+
+def test_a_timeline_is_described_before_it_runs() -> None:
+    actions = (
+        Arrive(0.0, 0, 1, 1, 0.0, 1),
+        GiveNotice(1.0, "a", 2.0),
+        Take(2.0, "a", noticed=True),
+        Launch(3.0, "c", ""),
+        Take(3.5, "b", noticed=False),
+        Arrive(4.0, 1, 1, 1, 0.0, 1),
+    )
+    assert describe(Timeline({"a": "", "b": ""}, actions, 5.0, clamped_rows=3)) == (
+        "5 s: 2 instances at the start, 2 losses (1 with notice), 1 launches; "
+        "2 requests (0.50 per second, gap CV 0.00), 3 rows without tokens given 1"
+    )
+    assert describe(Timeline({}, actions[:1], 5.0)) == "5 s: the fleet as it is; 1 requests"
 
 
 def test_bars() -> None:
