@@ -6,7 +6,7 @@ A replay has no tokenizer, so lengths are approximate: the demo model's tokenize
 
 from random import Random
 
-CHARACTERS_PER_TOKEN = 3.3
+CHARACTERS_PER_TOKEN = 3.1
 
 _OPENINGS = r'''
 def fibonacci(n):

@@ -13,17 +13,18 @@ from spotserve.config import LocalCloudSettings
 from spotserve.replay import live
 from spotserve.replay.folder import write_folder
 from spotserve.replay.record import RunRecord
-from spotserve.replay.report import print_report
+from spotserve.replay.report import describe, print_report, report_text
 from spotserve.replay.run import REPLAYED, ReplayOptions, connected, driven_by_trace, is_sound, judge, read_timeline
 from spotserve.replay.summary import summarise
 from spotserve.replay.timeline import Scaling, Timeline
 
 STEADY = "steady"
-TRACES = Path("traces")
+TRACES = Path(__file__).parents[2] / "traces"
+"""In the source tree; another place is an argument."""
 CAPACITY = TRACES / "demo-capacity.csv"
 REQUESTS = TRACES / "demo-requests.csv"
 PRICES = LocalCloudSettings()
-SCALING = Scaling(grace_s=3.0, notice_share=0.5, seed=1)
+SCALING = Scaling(grace_s=3.0, notice_share=0.5, seed=29)
 """Three seconds of notice to a minute of trace stand for the clouds' half minute to two minutes."""
 
 
@@ -48,12 +49,21 @@ def run_demo(
         url=url, secret=secret, out=out, requests=requests, capacity=capacity, scaling=scaling, dtype=dtype, prices=prices
     )
     timeline = read_timeline(capacity, requests, scaling)
+    console.print(describe(timeline))
     steady, disturbed = asyncio.run(_both_passes(options, timeline, console))
     steady_summary = summarise(steady, prices=prices, objectives=options.objectives)
     comparisons, summary = judge(options, disturbed, steady)
     runs = {STEADY: (steady, steady_summary), REPLAYED: (disturbed, summary)}
     print_report(console, runs)
-    write_folder(out, options=options.as_json(), traces=(capacity, requests), runs=runs, judged=REPLAYED, comparisons=comparisons)
+    write_folder(
+        out,
+        options=options.as_json(),
+        traces=(capacity, requests),
+        runs=runs,
+        judged=REPLAYED,
+        report=report_text(runs),
+        comparisons=comparisons,
+    )
     passed = is_sound(summary) and is_sound(steady_summary)
     console.print(_sentence(disturbed, summary["requests_lost"], summary["tokens_altered"]))
     console.print(f"written to {out}")

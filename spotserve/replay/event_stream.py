@@ -42,7 +42,7 @@ async def read_events(pieces: AsyncIterator[bytes]) -> AsyncIterator[ServerSentE
     """Server-sent events out of a body; comments are passed over."""
     buffer = b""
     async for piece in pieces:
-        buffer += piece.replace(b"\r\n", b"\n")
+        buffer = (buffer + piece).replace(b"\r\n", b"\n")
         *blocks, buffer = buffer.split(b"\n\n")
         for block in blocks:
             event_id: str | None = None

@@ -13,17 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
-from io import StringIO
 from pathlib import Path
-
-from rich.console import Console
 
 from spotserve.replay.compare import Comparison
 from spotserve.replay.record import RunRecord
-from spotserve.replay.report import print_report
 from spotserve.replay.summary import Summary
-
-REPORT_COLUMNS = 160
 
 
 def write_folder(
@@ -33,6 +27,7 @@ def write_folder(
     traces: Iterable[Path],
     runs: Mapping[str, tuple[RunRecord, Summary]],
     judged: str,
+    report: str,
     comparisons: Iterable[Comparison] = (),
 ) -> None:
     """Writes a run's folder. `judged` is the run whose summary and rows it is about; the others go in with a prefix."""
@@ -50,9 +45,7 @@ def write_folder(
         _write_json(folder / f"{prefix}summary.json", summary)
         _write_lines(folder / f"{prefix}requests.jsonl", request_rows(run, verdicts if name == judged else {}))
         _write_lines(folder / f"{prefix}events.jsonl", event_rows(run))
-    text = StringIO()
-    print_report(Console(file=text, width=REPORT_COLUMNS, color_system=None), runs)
-    (folder / "report.txt").write_text(text.getvalue(), encoding="utf-8")
+    (folder / "report.txt").write_text(report, encoding="utf-8")
 
 
 def request_rows(run: RunRecord, verdicts: Mapping[int, Comparison]) -> Iterable[Mapping[str, object]]:

@@ -2,17 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
+from itertools import pairwise
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from spotserve.replay.generate import variation
 from spotserve.replay.preemptions import preemptions
 from spotserve.replay.record import RunRecord
 from spotserve.replay.summary import Summary, fleet_steps
+from spotserve.replay.timeline import Launch, Timeline
 
+REPORT_COLUMNS = 120
+"""Width of a report that goes into a file."""
 PICTURE_COLUMNS = 96
+"""At most; a narrow console gets a narrower picture."""
+_LABEL_COLUMNS = 16
+_FRAME_COLUMNS = 4
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -46,6 +55,7 @@ SECTIONS: Mapping[str, Sequence[Line]] = {
         Line("requests in flight at a loss", "requests_in_flight_at_losses"),
         Line("requests moved or resumed", "requests_interrupted"),
         Line("tokens recomputed", "tokens_recomputed"),
+        Line("actions that the cloud refused", "capacity_actions_failed", must_be_zero=True),
     ),
     "Latency, ms": (
         Line("TTFT p50", "ttft_p50_s", _MS),
@@ -72,7 +82,7 @@ SECTIONS: Mapping[str, Sequence[Line]] = {
 
 def table(columns: Mapping[str, Summary]) -> Table:
     """Summaries side by side, one column each."""
-    shown = Table(title=None, show_edge=False, pad_edge=False)
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     shown.add_column("")
     for name in columns:
         shown.add_column(name, justify="right")
@@ -109,12 +119,14 @@ def picture(run: RunRecord, columns: int = PICTURE_COLUMNS) -> RenderableType:
             marks[_column(run, preemption.notice_s, columns)] = "!"
     for preemption in preemptions(run.fleet_events):
         marks[_column(run, preemption.lost_s, columns)] = "x" if preemption.notice_s is not None else "X"
-    return Group(
-        Text.assemble(("fleet   ", "bold"), (bars(fleet), "cyan"), f"  at most {max(fleet)} instances"),
-        Text.assemble(("tokens  ", "bold"), (bars(rates), "green"), f"  at most {max(rates):,.0f} per second"),
-        Text.assemble(("        ", ""), ("".join(marks), "bold red"), "  ! notice, x loss, X loss without notice"),
-        Text(f"        0{f'{run.duration_s:.0f} s':>{columns - 1}}", style="dim"),
+    lines = (
+        (f"fleet, max {max(fleet)}", bars(fleet), "cyan"),
+        (f"tok/s, max {max(rates):,.0f}", bars(rates), "green"),
+        ("! notice, x loss", "".join(marks), "bold red"),
     )
+    drawn = [Text.assemble((f"{label:<{_LABEL_COLUMNS}} ", "bold"), (line, style)) for label, line, style in lines]
+    axis = Text(f"{'X without notice':<{_LABEL_COLUMNS}} 0{f'{run.duration_s:.0f} s':>{columns - 1}}", style="dim")
+    return Group(*drawn, axis)
 
 
 def _column(run: RunRecord, at_s: float, columns: int) -> int:
@@ -128,8 +140,31 @@ def bars(values: Sequence[float]) -> str:
     return "".join(_BARS[0 if value <= 0 else max(1, round(value / top * (len(_BARS) - 1)))] for value in values)
 
 
+def describe(timeline: Timeline) -> str:
+    """One line on what is about to be replayed."""
+    times_s = [arrival.at_s for arrival in timeline.arrivals]
+    gaps_s = [after - before for before, after in pairwise(times_s)]
+    noticed = sum(take.noticed for take in timeline.losses)
+    launches = sum(isinstance(action, Launch) for action in timeline.actions)
+    losses = f"{len(timeline.losses)} losses ({noticed} with notice)"
+    fleet = f"{len(timeline.initial)} instances at the start, {losses}, {launches} launches"
+    load = f"{len(times_s)} requests"
+    if gaps_s and max(times_s) > 0:
+        load += f" ({len(times_s) / max(times_s):.2f} per second, gap CV {variation(gaps_s):.2f})"
+    clamped = f", {timeline.clamped_rows} rows without tokens given 1" if timeline.clamped_rows else ""
+    return f"{timeline.duration_s:.0f} s: {fleet if timeline.initial else 'the fleet as it is'}; {load}{clamped}"
+
+
+def report_text(runs: Mapping[str, tuple[RunRecord, Summary]]) -> str:
+    """What `print_report` prints, as plain text."""
+    text = StringIO()
+    print_report(Console(file=text, width=REPORT_COLUMNS, color_system=None), runs)
+    return text.getvalue()
+
+
 def print_report(console: Console, runs: Mapping[str, tuple[RunRecord, Summary]]) -> None:
     """Pictures and table of runs side by side; the names become the table's columns."""
+    columns = max(10, min(PICTURE_COLUMNS, console.width - _LABEL_COLUMNS - 1 - _FRAME_COLUMNS))
     for name, (run, _) in runs.items():
-        console.print(Panel(picture(run), title=name, title_align="left", expand=False))
+        console.print(Panel(picture(run, columns), title=name, title_align="left", expand=False))
     console.print(table({name: summary for name, (_, summary) in runs.items()}))

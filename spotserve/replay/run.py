@@ -19,7 +19,7 @@ from spotserve.replay.compare import Comparison, compare_runs
 from spotserve.replay.folder import write_folder
 from spotserve.replay.formats import parse_capacity, parse_requests, read_trace_text
 from spotserve.replay.record import RunRecord
-from spotserve.replay.report import print_report
+from spotserve.replay.report import describe, print_report, report_text
 from spotserve.replay.summary import Objectives, Summary, summarise
 from spotserve.replay.timeline import Scaling, Timeline, merge
 from spotserve.system_clock import SystemClock
@@ -63,9 +63,17 @@ def read_timeline(capacity: Path | None, requests: Path, scaling: Scaling) -> Ti
 
     Raises:
         TraceError: a file cannot be read, or does not hold what its format promises.
+        ConfigError: no request lies in the part that is to be replayed.
     """
     fleet = parse_capacity(read_trace_text(capacity), str(capacity)) if capacity else None
-    return merge(fleet, parse_requests(read_trace_text(requests), str(requests)), scaling)
+    load = parse_requests(read_trace_text(requests), str(requests))
+    timeline = merge(fleet, load, scaling)
+    if not timeline.arrivals:
+        last_s = load.requests[-1].arrival_s if load.requests else 0.0
+        raise ConfigError(
+            f"start_s={scaling.start_s:g}, duration_s={scaling.duration_s}: no request of {requests} in it (0-{last_s:g} s)"
+        )
+    return timeline
 
 
 @asynccontextmanager
@@ -129,8 +137,9 @@ def judge(options: ReplayOptions, run: RunRecord, reference: RunRecord | None) -
 
 
 def is_sound(summary: Summary) -> bool:
-    """Whether nothing was lost, altered or contradicted."""
-    return not any(summary[key] for key in ("requests_lost", "tokens_altered", "tokens_contradicted"))
+    """Whether nothing was lost, altered, contradicted or, where answers were compared, left without a reference."""
+    faults = ("requests_lost", "tokens_altered", "tokens_contradicted", "requests_without_reference")
+    return not any(summary[fault] for fault in faults)
 
 
 def run_replay(options: ReplayOptions, console: Console | None = None) -> int:
@@ -141,14 +150,23 @@ def run_replay(options: ReplayOptions, console: Console | None = None) -> int:
     """
     console = console or Console()
     timeline = read_timeline(options.capacity, options.requests, options.scaling)
+    console.print(describe(timeline))
     run, reference = asyncio.run(_replay(options, timeline, console))
     comparisons, summary = judge(options, run, reference)
-    runs = {REPLAYED: (run, summary)}
-    if reference is not None:
-        runs = {REFERENCE: (reference, summarise(reference, prices=options.prices, objectives=options.objectives)), **runs}
-    print_report(console, runs)
-    traces = [path for path in (options.capacity, options.requests) if path]
-    write_folder(options.out, options=options.as_json(), traces=traces, runs=runs, judged=REPLAYED, comparisons=comparisons)
+    shown = {REPLAYED: (run, summary)}
+    print_report(console, shown)
+    runs = dict(shown)
+    if reference is not None:  # in the folder alone: its latencies are those of a closed loop
+        runs[REFERENCE] = (reference, summarise(reference, prices=options.prices, objectives=options.objectives))
+    write_folder(
+        options.out,
+        options=options.as_json(),
+        traces=[path for path in (options.capacity, options.requests) if path],
+        runs=runs,
+        judged=REPLAYED,
+        report=report_text(shown),
+        comparisons=comparisons,
+    )
     console.print(f"written to {options.out}")
     return 0 if is_sound(summary) else 1
 
@@ -156,12 +174,15 @@ def run_replay(options: ReplayOptions, console: Console | None = None) -> int:
 async def _replay(options: ReplayOptions, timeline: Timeline, console: Console) -> tuple[RunRecord, RunRecord | None]:
     async with connected(options, console) as system:
         if options.capacity is None:
-            run = await live.carry_out(timeline, system, label=REPLAYED, patience_s=options.patience_s)
-        else:
-            async with driven_by_trace(system, options.prices):
-                run = await live.carry_out(timeline, system, label=REPLAYED, patience_s=options.patience_s)
-        if not options.reference:
-            return run, None
-        await live.prepare_fleet(system, max(1, len(timeline.initial)), patience_s=options.patience_s)
-        concurrency = options.reference_concurrency
-        return run, await live.answer_all(timeline.arrivals, system, label=REFERENCE, concurrency=concurrency)
+            return await _passes(options, timeline, system)
+        async with driven_by_trace(system, options.prices):
+            return await _passes(options, timeline, system)
+
+
+async def _passes(options: ReplayOptions, timeline: Timeline, system: live.System) -> tuple[RunRecord, RunRecord | None]:
+    run = await live.carry_out(timeline, system, label=REPLAYED, patience_s=options.patience_s)
+    if not options.reference:
+        return run, None
+    await live.prepare_fleet(system, len(timeline.initial) or None, patience_s=options.patience_s)
+    concurrency = options.reference_concurrency
+    return run, await live.answer_all(timeline.arrivals, system, label=REFERENCE, concurrency=concurrency)

@@ -88,7 +88,12 @@ class Scaling:
 
     def __post_init__(self) -> None:
         positive = {"time_scale": self.time_scale, "rate_scale": self.rate_scale}
-        natural = {"start_s": self.start_s, "grace_s": self.grace_s, "duration_s": self.duration_s or 0.0}
+        natural = {
+            "start_s": self.start_s,
+            "grace_s": self.grace_s,
+            "duration_s": self.duration_s or 0.0,
+            "sampled_temperature": self.sampled_temperature,
+        }
         shares = {"notice_share": self.notice_share, "sampled_share": self.sampled_share}
         for name, value in positive.items():
             if not 0 < value < float("inf"):

@@ -15,7 +15,7 @@ from spotserve.replay import live
 from spotserve.replay.admin import Admin
 from spotserve.replay.client import StreamClient
 from spotserve.replay.record import RequestRecord, RunRecord
-from spotserve.replay.run import ReplayOptions, run_replay
+from spotserve.replay.run import ReplayOptions, read_timeline, run_replay
 from spotserve.replay.timeline import Arrive, GiveNotice, Launch, Scaling, Take, Timeline
 from spotserve.system_clock import SystemClock
 
@@ -244,11 +244,21 @@ class TestRun:
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
         assert summary["requests_lost"] == 1 and summary["requests_equal"] is None
 
+    def test_without_a_capacity_trace_nothing_is_done_to_the_fleet(self, fake_system, traces, tmp_path: Path) -> None:
+        del traces["capacity"]
+        assert run_replay(self.options(fake_system, traces, tmp_path / "out"), Console(quiet=True)) == 0
+        assert fake_system.script.admin_calls == []
+        assert json.loads((tmp_path / "out" / "summary.json").read_text())["requests_equal"] == 12
+
     def test_a_missing_trace_is_said_before_anything_runs(self, fake_system, traces, tmp_path: Path) -> None:
         traces["requests"] = tmp_path / "absent.csv"
         with pytest.raises(TraceError, match=r"absent\.csv"):
             run_replay(self.options(fake_system, traces, tmp_path / "out"), Console(quiet=True))
         assert fake_system.script.admin_calls == []
+
+    def test_a_part_without_requests_is_said(self, traces) -> None:
+        with pytest.raises(ConfigError, match=r"start_s=99.*0-2\.75 s"):
+            read_timeline(traces["capacity"], traces["requests"], Scaling(start_s=99))
 
 
 class TestDemo:
@@ -272,3 +282,11 @@ class TestDemo:
         assert summary["tie_flips"] == (wrong_gap == 1e-6)
         assert (summary["tokens_altered"] > 0) is (wrong_gap == 0.5)
         assert (tmp_path / "demo" / "steady-summary.json").exists()
+        report = (tmp_path / "demo" / "report.txt").read_text()
+        assert "steady" in report and "with preemptions" in report
+
+    def test_a_request_lost_on_the_steady_fleet_fails_too(self, fake_system, traces, tmp_path: Path) -> None:
+        fake_system.script.fail.add(4)
+        code = run_demo(fake_system.url, fake_system.secret, tmp_path / "demo", Console(quiet=True), scaling=SCALING, **traces)
+        summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+        assert code == 1 and summary["requests_lost"] == 1 and summary["requests_equal"] == 11
