@@ -20,6 +20,7 @@ from spotserve.core.messages import (
     Heartbeat,
     InstanceLaunched,
     InstanceLost,
+    Launch,
     NoticeReceived,
     Publish,
     Registered,
@@ -266,7 +267,7 @@ class ControllerState:
         for instance in self._alive():
             if instance.address is not None and now_s >= instance.last_heard_s + SILENCE_S:
                 lost, reason = self._lost(InstanceLost(instance_id=instance.instance_id, reason="silent"), now_s)
-                commands += [Terminate(instance_id=instance.instance_id), *lost]
+                commands += [Terminate(instance_id=instance.instance_id), Launch(count=1, spot=instance.spot), *lost]
                 reasons.append(reason)
             elif instance.notice is not None and now_s >= instance.notice.deadline_s + REVERT_AFTER_S:
                 commands += self._revert(instance, now_s)

@@ -170,14 +170,14 @@ def test_a_notice_that_does_not_come_true_is_taken_back() -> None:
     assert mind.serving() == ["i-1"]
 
 
-def test_silence_ends_an_instance() -> None:
+def test_silence_ends_an_instance_and_asks_for_another() -> None:
     mind = Mind()
     mind.serve("i-1")
     mind.now_s += SILENCE_S - 0.1
     assert mind.hear(Tick()) == []
     mind.now_s += 0.2
     commands = mind.hear(Tick())
-    assert kinds(commands) == ["Terminate", "Publish"]
+    assert kinds(commands) == ["Terminate", "Launch", "Publish"]
     assert isinstance(commands[0], Terminate)
     assert mind.serving() == []
 

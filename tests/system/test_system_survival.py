@@ -72,23 +72,32 @@ def test_the_official_client_does_not_notice_a_preemption(fleet: LocalCluster, g
     client.close()
 
 
-async def test_many_async_clients_pass_through_a_preemption(fleet: LocalCluster) -> None:
+def test_many_async_clients_pass_through_a_preemption(fleet: LocalCluster) -> None:
     async def ask(client: openai.AsyncOpenAI, seed: int) -> str:
         text = ""
         messages = [{"role": "user", "content": "Write a function `double`. It doubles a number."}]
         chunks = await client.chat.completions.create(
-            model="spotserve-demo", messages=messages, seed=seed, max_completion_tokens=60, temperature=1.0, stream=True
+            model="spotserve-demo",
+            messages=messages,
+            seed=seed,
+            max_completion_tokens=150,
+            temperature=1.0,
+            stream=True,
+            extra_body={"ignore_eos": True},
         )
         async for chunk in chunks:
             text += chunk.choices[0].delta.content or ""
         return text
 
-    async with openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="unused", max_retries=0) as client:
-        undisturbed = await asyncio.gather(*(ask(client, seed) for seed in range(8)))
-        asking = asyncio.gather(*(ask(client, seed) for seed in range(8)))
-        victim = await asyncio.to_thread(busy_instance, fleet)
-        await asyncio.to_thread(fleet.admin, "preempt", {"instance": victim, "grace_s": 0.0})
-        assert await asking == undisturbed
+    async def scenario() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{fleet.url}/v1", api_key="unused", max_retries=0) as client:
+            undisturbed = await asyncio.gather(*(ask(client, seed) for seed in range(8)))
+            asking = asyncio.gather(*(ask(client, seed) for seed in range(8)))
+            victim = await asyncio.to_thread(busy_instance, fleet)
+            await asyncio.to_thread(fleet.admin, "preempt", {"instance": victim, "grace_s": 0.0})
+            assert await asking == undisturbed
+
+    asyncio.run(scenario())
 
 
 def test_kv_moves_when_there_is_time_and_nothing_is_computed_again(fleet: LocalCluster) -> None:
