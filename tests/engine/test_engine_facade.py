@@ -133,7 +133,7 @@ def test_engines_start_in_forked_processes(tiny_llama: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import os; from transformers import AutoModelForCausalLM; print(len(os.listdir('/proc/self/task')))",
+            "import os; from transformers import AttentionInterface; print(len(os.listdir('/proc/self/task')))",
         ],
         check=True,
         capture_output=True,
