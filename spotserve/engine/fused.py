@@ -5,13 +5,13 @@ small sizes a step is mostly the cost of calls. Whether a model is of this famil
 whether this pass computes it rightly by trying (`selfcheck`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from spotserve.engine.batch import StepRows
+from spotserve.engine.linear import Map, linear_map, side_by_side
 from spotserve.engine.weights import LibraryModule, LoadedModel, decoder_layers
 
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
@@ -22,26 +22,20 @@ _ATTENTION_NORMS = frozenset({"q_norm", "k_norm"})
 _MLP_PARTS = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
 _MODEL_PARTS = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
 
-Map = Callable[[torch.Tensor], torch.Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Weights of one decoder layer, laid side by side where they share an input."""
+    """What one decoder layer does, apart from attention."""
 
     input_norm: Map
-    qkv_weight: torch.Tensor
-    qkv_bias: torch.Tensor | None
+    query_key_value: Map
     query_norm: Map | None
     key_norm: Map | None
-    output_weight: torch.Tensor
-    output_bias: torch.Tensor | None
+    output: Map
     mlp_norm: Map
-    gate_up_weight: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down_weight: torch.Tensor
-    down_bias: torch.Tensor | None
+    gate_up: Map
     activation: Map
+    down: Map
 
 
 class FusedForward:
@@ -51,8 +45,7 @@ class FusedForward:
         """`fits` must have said yes."""
         spec, base = model.spec, model.module.model
         self._embedding = base.embed_tokens.weight
-        self._head = model.module.lm_head.weight
-        self._head_bias = model.module.lm_head.bias
+        self._head = linear_map(model.module.lm_head.weight, model.module.lm_head.bias)
         self._norm = _norm(base.norm, model.dtype)
         self._layers = [_layer(layer, model.dtype) for layer in base.layers]
         self._kv_heads, self._head_size = spec.num_kv_heads, spec.head_size
@@ -83,7 +76,7 @@ class FusedForward:
         num_rows, half = hidden.shape[0], self._head_size // 2
         kv_heads, head_size, attend = self._kv_heads, self._head_size, rows.paged.attend
         for index, layer in enumerate(self._layers):
-            qkv = F.linear(layer.input_norm(hidden), layer.qkv_weight, layer.qkv_bias).view(num_rows, -1, head_size)
+            qkv = layer.query_key_value(layer.input_norm(hidden)).view(num_rows, -1, head_size)
             turned = qkv[:, :-kv_heads]  # queries and keys [rows, heads + kv_heads, head_size]
             if layer.query_norm is not None and layer.key_norm is not None:
                 turned = torch.cat((layer.query_norm(turned[:, :-kv_heads]), layer.key_norm(turned[:, -kv_heads:])), dim=1)
@@ -92,10 +85,10 @@ class FusedForward:
             attended = attend(
                 index, query, turned[:, -kv_heads:], qkv[:, -kv_heads:], scale=self._scale
             )  # [rows, heads * head_size]
-            hidden = hidden + F.linear(attended, layer.output_weight, layer.output_bias)
-            gate, up = F.linear(layer.mlp_norm(hidden), layer.gate_up_weight, layer.gate_up_bias).chunk(2, dim=-1)
-            hidden = hidden + F.linear(layer.activation(gate) * up, layer.down_weight, layer.down_bias)
-        return F.linear(self._norm(hidden.index_select(0, logit_rows)), self._head, self._head_bias)
+            hidden = hidden + layer.output(attended)
+            gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
+            hidden = hidden + layer.down(layer.activation(gate) * up)
+        return self._head(self._norm(hidden.index_select(0, logit_rows)))
 
 
 def _names(module: LibraryModule) -> set[str]:
@@ -115,46 +108,29 @@ def _layer_fits(layer: LibraryModule) -> bool:
 
 
 def _norm(module: LibraryModule, dtype: torch.dtype) -> Map:
-    """RMS norm as one call where that is the same arithmetic: the library normalizes in float32 whatever the dtype."""
+    """RMS norm in few calls where that is the same arithmetic: the library normalizes in float32 whatever the dtype."""
     epsilon, weight = getattr(module, "variance_epsilon", None), module.weight
     if dtype != torch.float32 or epsilon is None:
         norm: Map = module
         return norm
-    shape = tuple(weight.shape)
-    return lambda hidden: F.rms_norm(hidden, shape, weight, epsilon)
 
+    def rms_norm(hidden: torch.Tensor) -> torch.Tensor:
+        return (hidden * hidden.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()).mul_(weight)
 
-def _side_by_side(*linears: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One matrix that does the work of several; the parts become views of it, so that the weights are in memory once."""
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    start = 0
-    for linear in linears:
-        end = start + linear.out_features
-        linear.weight.data = weight[start:end]
-        if bias is not None:
-            linear.bias.data = bias[start:end]
-        start = end
-    return weight, bias
+    return rms_norm
 
 
 def _layer(layer: LibraryModule, dtype: torch.dtype) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv_weight, qkv_bias = _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
-    gate_up_weight, gate_up_bias = _side_by_side(mlp.gate_proj, mlp.up_proj)
     normed = hasattr(attention, "q_norm")
     return _Layer(
         input_norm=_norm(layer.input_layernorm, dtype),
-        qkv_weight=qkv_weight,
-        qkv_bias=qkv_bias,
+        query_key_value=side_by_side(attention.q_proj, attention.k_proj, attention.v_proj),
         query_norm=_norm(attention.q_norm, dtype) if normed else None,
         key_norm=_norm(attention.k_norm, dtype) if normed else None,
-        output_weight=attention.o_proj.weight,
-        output_bias=attention.o_proj.bias,
+        output=linear_map(attention.o_proj.weight, attention.o_proj.bias),
         mlp_norm=_norm(layer.post_attention_layernorm, dtype),
-        gate_up_weight=gate_up_weight,
-        gate_up_bias=gate_up_bias,
-        down_weight=mlp.down_proj.weight,
-        down_bias=mlp.down_proj.bias,
+        gate_up=side_by_side(mlp.gate_proj, mlp.up_proj),
         activation=mlp.act_fn,
+        down=linear_map(mlp.down_proj.weight, mlp.down_proj.bias),
     )

@@ -94,7 +94,11 @@ def make_request() -> Callable[..., Request]:
 
     def make(request_id: str, prompt: int | Iterable[int] = 7, **sampling: object) -> Request:
         salt = sum(request_id.encode())
-        ids = tuple((3 + salt * 31 + place * place * 7) % VOCABULARY_SIZE for place in range(prompt)) if isinstance(prompt, int) else prompt
+        ids = (
+            tuple((3 + salt * 31 + place * place * 7) % VOCABULARY_SIZE for place in range(prompt))
+            if isinstance(prompt, int)
+            else prompt
+        )
         given = {"max_tokens": 20, "ignore_eos": True, "seed": salt, **sampling}
         return Request(request_id=request_id, prompt_token_ids=tuple(ids), sampling=SamplingParams(**given))  # type: ignore[arg-type]
 

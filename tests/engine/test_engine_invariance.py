@@ -21,7 +21,9 @@ def request_of(make_request: Callable[..., Request], name: str, **changes: objec
         {"temperature": 1.0},
         {"temperature": 0.9, "top_p": 0.9, "frequency_penalty": 0.4, "repetition_penalty": 1.1},
     ]
-    return make_request(name, 3 + 17 * index, **{"max_tokens": 24 + index, "gaps": True, "logprobs": 1, **kinds[index % 3], **changes})
+    return make_request(
+        name, 3 + 17 * index, **{"max_tokens": 24 + index, "gaps": True, "logprobs": 1, **kinds[index % 3], **changes}
+    )
 
 
 def assert_same(got: Sequence[int], alone: "object", dtype: str) -> None:
@@ -82,7 +84,9 @@ def test_evicted(dtype: str, alone: dict, make_engine: Callable[..., Engine], co
 
 
 @pytest.mark.parametrize("after", [1, 7, 20])
-def test_resumed(after: int, dtype: str, alone: dict, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable) -> None:
+def test_resumed(
+    after: int, dtype: str, alone: dict, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable
+) -> None:
     engine = make_engine(dtype=dtype, max_step_tokens=32)
     for name in NAMES:
         engine.add(request_of(make_request, name), emitted_token_ids=alone[name].token_ids[:after])
@@ -92,7 +96,9 @@ def test_resumed(after: int, dtype: str, alone: dict, make_engine: Callable[...,
 
 
 @pytest.mark.parametrize("steps", [1, 4, 15])
-def test_moved(steps: int, dtype: str, alone: dict, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable) -> None:
+def test_moved(
+    steps: int, dtype: str, alone: dict, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable
+) -> None:
     """By export and import where the sequence has KV, from its tokens where it has none."""
     first, second = make_engine(dtype=dtype, max_step_tokens=64), make_engine(dtype=dtype, block_tokens=8)
     for name in NAMES:

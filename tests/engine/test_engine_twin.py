@@ -1,4 +1,4 @@
-"""The engine against a naive twin: the library's own forward over the whole sequence for every token, and the law in plain Python."""
+"""The engine against a naive twin: the library's forward over the whole sequence for every token, and the law in plain Python."""
 
 import math
 from collections import Counter
@@ -122,7 +122,9 @@ def test_engine_equals_twin(
         assert sum(item.accepted_tokens for item in collected.values()) > 0, "no draft was ever accepted: nothing was tested"
 
 
-def test_min_tokens_holds_and_releases(make_engine: Callable[..., Engine], collect: Callable, make_request: Callable[..., Request]) -> None:
+def test_min_tokens_holds_and_releases(
+    make_engine: Callable[..., Engine], collect: Callable, make_request: Callable[..., Request]
+) -> None:
     engine = make_engine()
     engine.add(make_request("m", temperature=0.0, ignore_eos=False, min_tokens=6, logit_bias={1: 100.0}))
     got = collect(engine)["m"]
