@@ -21,14 +21,19 @@ class RedisServer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            second.bind(("127.0.0.1", 0))
+            self.port, self.other_port = first.getsockname()[1], second.getsockname()[1]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def cluster_options(self) -> tuple[str, ...]:
+        return "--cluster-enabled", "yes", "--cluster-announce-ip", "127.0.0.1", "--cluster-port", str(self.other_port)
 
     def start(self, *options: str) -> None:
         binary = shutil.which("redis-server")
@@ -91,7 +96,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A cluster of one node: it refuses calls on keys of several slots, as any cluster does."""
     server = RedisServer(tmp_path_factory.mktemp("cluster"))
-    server.start("--cluster-enabled", "yes", "--cluster-announce-ip", "127.0.0.1")
+    server.start(*server.cluster_options)
     server.form_cluster()
     yield server
     server.kill()
