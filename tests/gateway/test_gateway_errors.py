@@ -137,6 +137,7 @@ def test_chat_refuses_with_the_field_named(app, fields, status, param, code):
         ({"prompt": [[1], [400]]}, "prompt[1]", None),
         ({"prompt": [True]}, "prompt[0]", None),
         ({"prompt": [1] * 256}, "prompt", "context_length_exceeded"),
+        ({"prompt": "<|end|>" * 256}, "prompt", "context_length_exceeded"),
         ({"prompt": [1] * 250, "max_tokens": 7}, "prompt", "context_length_exceeded"),
         ({"prompt": ["a"] * 257}, "prompt", None),
         ({"prompt": ["a"] * 5, "n": 64}, "n", None),
