@@ -103,7 +103,7 @@ class Choice:
         if self._keeps_ids:
             piece.token_ids.append(token_id)
         if self._scored and delta.logprobs is not None:
-            piece.scores.append(ScoredToken(token_id, delta.logprobs[offset], len(self.echo) + start))
+            piece.scores.append(ScoredToken(token_id, delta.logprobs[offset], start))
         if self._keeps_gaps and delta.gaps is not None:
             piece.gaps.append(delta.gaps[offset])
 

@@ -80,7 +80,7 @@ class EventWriter:
         piece = choice.piece
         if not piece.text and not (self._extended and piece.token_ids + piece.gaps):
             return b""
-        choice.said_position = max(choice.said_position, choice.tokens)
+        choice.said_position = choice.tokens
         if self._scored or self._extended:
             choice.piece = Piece()
             return self._id_line() + b"data: " + self._event_json(self._choice_json(choice, piece, piece.text, None))

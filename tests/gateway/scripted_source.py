@@ -1,6 +1,7 @@
 """A `TokenSource` that says what a script says: it stands for the relay, replicas and models at the gateway's border."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -95,7 +96,9 @@ class ScriptedStream:
 
 
 def fake_logprob(position: int, token_id: int, top: int) -> TokenLogprob:
-    return TokenLogprob(-0.5 * position, tuple((token_id + i, -0.5 * position - i) for i in range(top)))
+    """The fourth best is impossible: minus infinity, which JSON does not know."""
+    values = [-0.5 * position - i if i < 3 else -math.inf for i in range(top)]
+    return TokenLogprob(-0.5 * position, tuple((token_id + i, value) for i, value in enumerate(values)))
 
 
 @dataclass

@@ -60,6 +60,7 @@ CHAT_FIELDS = [
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, "messages[0].tool_calls", "unsupported_parameter"),
     ({"messages": [{"role": "user", "content": "hello " * 400}]}, 400, "messages", "context_length_exceeded"),
     ({"messages": [{"role": "user", "content": "x" * 900_000}]}, 400, "messages", "context_length_exceeded"),
+    ({"messages": [{"role": "user", "content": "<|end|>" * 252}]}, 400, "messages", "context_length_exceeded"),
     ({"max_tokens": 0}, 400, "max_tokens", None),
     ({"max_tokens": 1.5}, 400, "max_tokens", None),
     ({"max_tokens": "5"}, 400, "max_tokens", None),
@@ -137,6 +138,7 @@ def test_chat_refuses_with_the_field_named(app, fields, status, param, code):
         ({"prompt": [[1], [400]]}, "prompt[1]", None),
         ({"prompt": [True]}, "prompt[0]", None),
         ({"prompt": [1] * 256}, "prompt", "context_length_exceeded"),
+        ({"prompt": "<|end|>" * 256}, "prompt", "context_length_exceeded"),
         ({"prompt": [1] * 250, "max_tokens": 7}, "prompt", "context_length_exceeded"),
         ({"prompt": ["a"] * 257}, "prompt", None),
         ({"prompt": ["a"] * 5, "n": 64}, "n", None),
@@ -310,6 +312,11 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path, content):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError, match="tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_name_that_is_neither_a_folder_nor_a_hub_id():
+    with pytest.raises(ModelError, match="neither a folder nor a model"):
+        load_tokenizer("not a name!")
 
 
 def test_a_template_that_does_not_compile(tokenizer_folder, tmp_path):

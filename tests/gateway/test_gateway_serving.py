@@ -175,6 +175,32 @@ def test_completion_logprobs_and_offsets(source_of, says, tokenizer, stream):
     assert all(list(top) == [token] for part in parts for top, token in zip(part["top_logprobs"], part["tokens"], strict=True))
 
 
+def test_impossible_tokens_have_the_least_logprob(source_of, says, tokenizer):
+    app = build_app(source_of(says("x", finish=FinishReason.LENGTH)), tokenizer)
+    chat = ask(app, "/v1/chat/completions", **CHAT, logprobs=True, top_logprobs=4).json()["choices"][0]
+    assert chat["logprobs"]["content"][0]["top_logprobs"][3]["logprob"] == -9999.0
+    completion = ask(app, "/v1/completions", **COMPLETION, logprobs=4).json()["choices"][0]
+    assert min(completion["logprobs"]["top_logprobs"][0].values()) == -9999.0
+
+
+def test_every_choice_gets_its_role_and_only_the_last_role_an_id(source_of, says, tokenizer):
+    response = ask(build_app(source_of(says("x")), tokenizer), "/v1/chat/completions", **CHAT, n=3, stream=True)
+    events = read_events(response.content)
+    assert [event.json["choices"][0]["index"] for event in events[:3]] == [0, 1, 2]
+    assert all(event.json["choices"][0]["delta"]["role"] == "assistant" for event in events[:3])
+    assert [event.id for event in events[:3]] == [None, None, "0.0.0"]
+
+
+def test_messages_reach_the_template_in_its_own_terms(source_of, says, tokenizer):
+    source = source_of(says("x"))
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    messages = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": parts}]
+    ask(build_app(source, tokenizer), "/v1/chat/completions", messages=messages)
+    (call,) = source.calls.values()
+    prompt = tokenizer.decode(call.requests[0].prompt_token_ids, show_special_tokens=True)
+    assert prompt == "<|begin|><|system|>be kind<|end|><|user|>one\ntwo<|end|><|assistant|>"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_token_ids_and_gaps_come_back_when_asked(source_of, says, tokenizer, stream):
     reply = says("a 🙂 b", group=3)
