@@ -233,6 +233,8 @@ class StreamClient:
             pieces = read_body(reader, response_headers)
             if status != 200:
                 raise Refused(f"status {status}: {_message(b''.join([piece async for piece in pieces]))}")
+            # known before the first event, so that a stream can be taken up that broke before it said anything
+            answer.request_id = answer.request_id or response_headers.get("x-request-id", "")
             async for event in read_events(pieces):
                 answer.take(event, self._clock.now_s())
                 if answer.done or answer.error is not None:

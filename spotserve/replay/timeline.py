@@ -146,7 +146,7 @@ def merge(capacity: CapacityTrace | None, requests: RequestTrace | None, scaling
     window_s = _window_s(capacity, requests, scaling)
     initial, changes = _capacity_actions(capacity, scaling, window_s) if capacity else ({}, [])
     arrivals = _arrivals(requests, scaling, window_s) if requests else []
-    actions: list[Action] = sorted([*changes, *arrivals], key=lambda action: (action.at_s, isinstance(action, Arrive)))
+    actions: list[Action] = sorted([*changes, *arrivals], key=lambda action: action.at_s)  # stable: ties stay in this order
     return Timeline(initial, tuple(actions), window_s, requests.clamped_rows if requests else 0)
 
 

@@ -101,7 +101,7 @@ def build_app(script: Script) -> FastAPI:
             return JSONResponse({"error": {"message": "too many requests wait"}}, status_code=429)
         call_id = f"cmpl-{len(script.bodies)}"
         app.state.by_id[call_id] = body
-        return StreamingResponse(stream(call_id, body, 0), media_type="text/event-stream")
+        return StreamingResponse(stream(call_id, body, 0), media_type="text/event-stream", headers={"x-request-id": call_id})
 
     @app.get("/v1/requests/{call_id}/stream")
     async def again(call_id: str, request: Request) -> StreamingResponse:

@@ -69,6 +69,12 @@ class TestClient:
         assert record.contradicted_tokens == 0
         assert len(fake_system.script.bodies) == 1, "a request must never be sent twice"
 
+    def test_a_stream_that_breaks_before_its_first_token_is_taken_up_too(self, fake_system) -> None:
+        fake_system.script.break_at[100] = [0]
+        record = complete(fake_system, arrival())
+        assert record.complete and record.token_ids == expected_tokens(arrival()) and record.reattached == 1
+        assert len(fake_system.script.bodies) == 1
+
     def test_a_repeated_position_with_another_token_is_seen(self, fake_system) -> None:
         script = fake_system.script
         script.replay_from_start, script.wrong_token[100] = True, 2
@@ -100,8 +106,8 @@ class TestClient:
 
     def test_patience_ends(self, fake_system) -> None:
         fake_system.script.hang.add(100)
-        record = complete(fake_system, arrival(), patience_s=0.2)
-        assert not record.complete and record.error == "no whole answer within 0.2 s"
+        record = complete(fake_system, arrival(), patience_s=1.5)
+        assert not record.complete and record.error == "no whole answer within 1.5 s"
         assert len(record.token_ids) == 19
 
     def test_nobody_listens(self, fake_system) -> None:
@@ -158,12 +164,14 @@ class TestLive:
         script = fake_system.script
         assert script.calls("launch") == [{"count": 1}, {"count": 1}], "one to make three, one from the trace"
         assert run.initial_instances == ("a0", "a1", "n2")
-        assert script.calls("preempt") == [{"instance": "a1", "grace_s": 0.5}, {"instance": "n3", "grace_s": 0.0}]
+        preempted = {body["instance"]: body["grace_s"] for body in script.calls("preempt")}
+        assert preempted == {"a1": 0.5, "n3": 0.0} and len(script.calls("preempt")) == 2
         assert [deed.problem for deed in run.deeds] == [None] * 3
         assert [record.arrival.index for record in run.requests] == [0, 1]
         assert all(record.complete for record in run.requests)
-        assert [event.kind for event in run.fleet_events] == ["notice", "moved", "lost", "launched", "lost"]
-        assert run.fleet_events[1].details == {"request_id": "cmpl-1", "kv_bytes": 4096, "seconds": 0.01}
+        assert sorted(event.kind for event in run.fleet_events) == ["launched", "lost", "lost", "moved", "notice"]
+        (moved,) = [event for event in run.fleet_events if event.kind == "moved"]
+        assert moved.instance == "a1" and moved.details == {"request_id": "cmpl-1", "kv_bytes": 4096, "seconds": 0.01}
         assert run.tokens_recomputed == 10
         assert shown[-1].requests_ended == 2 and shown[-1].losses == 2 and shown[-1].instances == 2
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from spotserve.config import LocalCloudSettings
 from spotserve.replay.compare import Comparison, Verdict
-from spotserve.replay.preemptions import SETTLE_S, Preemption, preemptions
+from spotserve.replay.preemptions import SETTLE_S, Preemption, longest_silences, preemptions, steady_silences
 from spotserve.replay.record import Deed, FleetEvent, RequestRecord, RunRecord
 from spotserve.replay.report import SECTIONS, bars, describe, picture, print_report
 from spotserve.replay.summary import Objectives, fleet_steps, instance_seconds, percentile, summarise
@@ -157,6 +157,13 @@ def test_preemptions_are_counted_once_and_withdrawn_notices_not() -> None:
     withdrawn = (FleetEvent(1.0, "notice", "x"), FleetEvent(2.0, "undrained", "x"), FleetEvent(3.0, "lost", "x"))
     assert preemptions(withdrawn) == (Preemption("x", None, 3.0),)
     assert preemptions(withdrawn)[0].window == (3.0, 3.0 + SETTLE_S)
+
+
+def test_only_silences_that_overlap_the_window_count() -> None:
+    noticed, sudden = preemptions(RUN.fleet_events)
+    assert longest_silences(RUN.requests, noticed) == [3.0]
+    assert longest_silences(RUN.requests, sudden) == [7.0]
+    assert steady_silences(RUN) == pytest.approx([2.0, 0.5, 1.0, 0.5])
 
 
 def test_tpot_leaves_the_first_token_out() -> None:
