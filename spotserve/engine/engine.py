@@ -250,7 +250,10 @@ class Engine:
     def _new_sequence(self, request: Request, emitted_token_ids: tuple[int, ...]) -> Sequence:
         self._arrivals += 1
         return new_sequence(
-            request, seniority=self._arrivals, end_token_ids=self._end_token_ids, emitted_token_ids=emitted_token_ids
+            request,
+            seniority=(request.arrival_s, self._arrivals),
+            end_token_ids=self._end_token_ids,
+            emitted_token_ids=emitted_token_ids,
         )
 
     def _propose(self, sequence: Sequence, max_tokens: int) -> DraftTree:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from spotserve.engine.blocks import BlockPool
-from spotserve.engine.sequence import Sequence
+from spotserve.engine.sequence import Seniority, Sequence
 from spotserve.speculation.tree import EMPTY_TREE, DraftTree
 
 ProposeDraft = Callable[[Sequence, int], DraftTree]
@@ -175,5 +175,5 @@ class Scheduler:
         return draft
 
 
-def _seniority(sequence: Sequence) -> int:
+def _seniority(sequence: Sequence) -> Seniority:
     return sequence.seniority

@@ -68,7 +68,7 @@ def _paged_logits(model: LoadedModel, forward: Forward, token_ids: list[int], bl
     device = next(model.module.parameters()).device
     cache = KvCache(model.spec, num_blocks=num_blocks, block_tokens=block_tokens, dtype=model.dtype, device=device)
     request = Request(request_id="probe", prompt_token_ids=tuple(token_ids), sampling=SamplingParams(max_tokens=1))
-    sequence = new_sequence(request, seniority=0, end_token_ids=(), emitted_token_ids=())
+    sequence = new_sequence(request, seniority=(0.0, 0), end_token_ids=(), emitted_token_ids=())
     sequence.block_ids.extend(range(1, num_blocks))
     rows = RowLayout((ScheduledSequence(sequence, len(token_ids)),), cache).build()
     return forward(rows, torch.arange(len(token_ids), device=device))

@@ -6,8 +6,13 @@ at least one token that is not computed. Knows nothing of tensors.
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from spotserve.core.request import Request
+
+Seniority: TypeAlias = tuple[float, int]
+"""When the gateway accepted the request, then the order in which it came here: a sequence that was interrupted elsewhere keeps
+its place in line, because its client has waited longest."""
 
 
 @dataclass(slots=True, eq=False)
@@ -15,8 +20,8 @@ class Sequence:
     """A request and how far it has come."""
 
     request: Request
-    seniority: int
-    """Place in the order of arrival; the smallest is served first and evicted last."""
+    seniority: Seniority
+    """The smallest is served first and evicted last."""
     token_ids: list[int]
     """Prompt and output so far."""
     banned_token_ids: tuple[int, ...]
@@ -69,7 +74,7 @@ class Sequence:
 
 
 def new_sequence(
-    request: Request, *, seniority: int, end_token_ids: Collection[int], emitted_token_ids: tuple[int, ...]
+    request: Request, *, seniority: Seniority, end_token_ids: Collection[int], emitted_token_ids: tuple[int, ...]
 ) -> Sequence:
     """A sequence that goes on after `emitted_token_ids`, which another owner computed and emitted."""
     sampling = request.sampling

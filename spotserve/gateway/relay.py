@@ -8,6 +8,7 @@ knows that replicas can die; nothing here knows text.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
@@ -44,6 +45,9 @@ CLAIM_TIMEOUT_S = 1.0
 LINKS_TIMEOUT_S = 2.0
 """How long a gateway that has just started waits for its first worker before it takes a stored call over."""
 
+KEEP_DELIVERED_S = 10.0
+"""How long a delivered answer stays in memory."""
+
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +66,10 @@ class Relay:
         self._calls: dict[str, Call] = {}
         self._transcripts: dict[str, Transcript] = {}
         self._claims: dict[str, _Claiming] = {}
-        self._detached: dict[str, asyncio.TimerHandle] = {}
+        self._readers: Counter[str] = Counter()
+        """Connections that read each call's answer."""
+        self._unread: dict[str, asyncio.TimerHandle] = {}
+        """Calls that nobody reads now, and when they are forgotten."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished = 0
         self._lost = 0
@@ -94,6 +101,7 @@ class Relay:
             self._transcripts[request.request_id] = Transcript(request)
         for request in call.requests:
             self._dispatch(self._transcripts[request.request_id])
+        self._start_reading(call.call_id)
         return self._streams(call)
 
     async def reattach(self, call_id: str) -> tuple[Call, tuple["_Stream", ...]] | None:
@@ -102,9 +110,6 @@ class Relay:
         Raises:
             StoreError: it is not one of this gateway's and the store is out of reach.
         """
-        timer = self._detached.pop(call_id, None)
-        if timer is not None:
-            timer.cancel()
         call = self._calls.get(call_id)
         if call is None:
             record = await self._store.get_call(call_id)
@@ -114,6 +119,7 @@ class Relay:
             if call is None:
                 call = msgspec.msgpack.decode(record, type=Call)
                 await self._take_over(call)
+        self._start_reading(call_id)
         return call, self._streams(call)
 
     def cancel(self, request_id: str) -> None:
@@ -126,16 +132,12 @@ class Relay:
         self._note_finished(transcript)
 
     def detach(self, call_id: str) -> None:
-        """The client left: the call is cancelled after a grace, unless the client comes back."""
-        if call_id in self._calls and call_id not in self._detached:
-            loop = asyncio.get_running_loop()
-            self._detached[call_id] = loop.call_later(self._settings.detach_grace_s, self._give_up, call_id)
+        """The client left: when no other connection reads the call, it is cancelled after a grace, unless the client comes back."""
+        self._stop_reading(call_id, self._settings.detach_grace_s)
 
     def release(self, call_id: str) -> None:
-        """The answer was delivered in full. It stays in the store until its time is over, for a client that asks again."""
-        call = self._calls.pop(call_id, None)
-        for request in call.requests if call is not None else ():
-            self._transcripts.pop(request.request_id, None)
+        """The answer was delivered in full. It is kept for a moment, because its last bytes may never have reached the client."""
+        self._stop_reading(call_id, KEEP_DELIVERED_S)
 
     # ------------------------------------------------------------------ what the controller says
 
@@ -324,12 +326,25 @@ class Relay:
     def _streams(self, call: Call) -> tuple["_Stream", ...]:
         return tuple(_Stream(self._transcripts[request.request_id]) for request in call.requests)
 
-    def _give_up(self, call_id: str) -> None:
-        del self._detached[call_id]
-        call = self._calls.get(call_id)
-        for request in call.requests if call is not None else ():
+    def _start_reading(self, call_id: str) -> None:
+        self._readers[call_id] += 1
+        timer = self._unread.pop(call_id, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _stop_reading(self, call_id: str, keep_s: float) -> None:
+        self._readers[call_id] -= 1
+        assert self._readers[call_id] >= 0, "a connection stopped reading twice"
+        if self._readers[call_id] == 0:
+            del self._readers[call_id]
+            self._unread[call_id] = asyncio.get_running_loop().call_later(keep_s, self._forget, call_id)
+
+    def _forget(self, call_id: str) -> None:
+        """Nobody came back: what still runs is cancelled, and the memory of the call is dropped (the store keeps it longer)."""
+        del self._unread[call_id]
+        for request in self._calls.pop(call_id).requests:
             self.cancel(request.request_id)
-        self.release(call_id)
+            del self._transcripts[request.request_id]
 
     def _note_finished(self, transcript: Transcript) -> None:
         self._finished += 1

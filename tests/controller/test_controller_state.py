@@ -258,9 +258,7 @@ class AnyOrder(RuleBasedStateMachine):
         if self.activated:
             one = self.activated[pick % len(self.activated)]
             self.hear(
-                ReplicaReady(
-                    instance_id=one.instance_id, replica_id=one.replica.replica_id, plan_epoch=one.plan_epoch, model=MODEL
-                )
+                ReplicaReady(instance_id=one.instance_id, replica_id=one.replica.replica_id, plan_epoch=one.plan_epoch, model=MODEL)
             )
 
     @rule(instance=instances, grace_s=st.floats(0.1, 10))
@@ -293,7 +291,9 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def every_ready_device_is_used(self) -> None:
         state = self.mind.state
-        ready = {device for instance in state.instances.values() if instance.state is InstanceState.READY for device in instance.devices}
+        ready = {
+            device for instance in state.instances.values() if instance.state is InstanceState.READY for device in instance.devices
+        }
         used = {device for replica in state.replicas.values() for device in replica.devices.values()}
         assert ready <= used
 

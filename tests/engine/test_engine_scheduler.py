@@ -15,7 +15,7 @@ CONTEXT_TOKENS = 40
 
 def sequence_of(name: str, *, seniority: int, prompt: int, output: int) -> Sequence:
     request = Request(request_id=name, prompt_token_ids=(5,) * prompt, sampling=SamplingParams(max_tokens=output))
-    return new_sequence(request, seniority=seniority, end_token_ids=(), emitted_token_ids=())
+    return new_sequence(request, seniority=(0.0, seniority), end_token_ids=(), emitted_token_ids=())
 
 
 def make(*, num_blocks: int, block_tokens: int, max_batch: int, max_step_tokens: int) -> tuple[Scheduler, BlockPool]:
