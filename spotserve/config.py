@@ -96,11 +96,12 @@ class StoreSettings(Section):
     """Progress of requests."""
 
     url: str | None = None
-    """`sqlite:///PATH`, `redis://` or `rediss://`, `none`; None: SQLite in the system's folder."""
+    """`sqlite:///relative` or `sqlite:////absolute`; `redis://` or `rediss://` (`?cluster=true` for a Redis cluster); `none`.
+    None: SQLite in the system's folder."""
     time_to_live_s: float = Field(3600.0, gt=0)
     """How long a request's progress is kept after its last commit."""
     max_bytes: int = Field(2**30, ge=2**20)
-    """Oldest progress goes first beyond this."""
+    """Oldest progress goes first beyond this. SQLite only: Redis has `maxmemory` with `maxmemory-policy volatile-ttl`."""
     timeout_s: float = Field(2.0, gt=0)
 
 

@@ -25,19 +25,19 @@ from spotserve.controller.app import create_router, status_of
 from spotserve.controller.controller import Controller
 from spotserve.controller.executor import Executor
 from spotserve.controller.state import ControllerState
-from spotserve.core.errors import ConfigError, StoreError, WireError
-from spotserve.core.messages import Address, ControllerInbound, GatewayAttached, RoutingTable
+from spotserve.core.errors import ConfigError, StoreError
+from spotserve.core.messages import Address, ControllerInbound
 from spotserve.gateway.app import create_app
+from spotserve.gateway.controller_link import ControllerLink
 from spotserve.gateway.relay import Relay
 from spotserve.gateway.tokenizer import load_tokenizer
 from spotserve.metrics import Metrics
 from spotserve.system_clock import SystemClock
 from spotserve.system_folder import SystemFolder, SystemRecord
-from spotserve.wire import bound_port, connect, listen
+from spotserve.wire import bound_port, listen
 from spotserve.worker.options import WorkerOptions
 
 GATEWAY_ID = "gateway-local"
-REPORT_S = 0.25
 STORE_CHECK_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -92,10 +92,19 @@ class _LocalSystem:
             address = Address(self._settings.controller.host, bound_port(server))
             url = f"http://{self._settings.gateway.host}:{port}"
             folder.write(SystemRecord(pid=os.getpid(), url=url, controller=address, secret=secret))
-            relay = Relay(GATEWAY_ID, self._settings.gateway, store, secret=secret, clock=self._clock, metrics=self._metrics)
+            link = ControllerLink(GATEWAY_ID, lambda: address, secret=secret)
+            relay = Relay(
+                GATEWAY_ID,
+                self._settings.gateway,
+                store,
+                secret=secret,
+                clock=self._clock,
+                metrics=self._metrics,
+                on_resumed=link.tell,
+            )
             background = [
                 asyncio.create_task(controller.keep_time(), name="time"),
-                asyncio.create_task(self._follow_controller(relay, address, secret), name="routing tables"),
+                asyncio.create_task(link.run(relay.use_table, lambda: relay.report(GATEWAY_ID)), name="routing tables"),
                 asyncio.create_task(self._watch_store(), name="store health"),
                 asyncio.create_task(self._fill_fleet(cloud), name="fleet"),
             ]
@@ -154,17 +163,6 @@ class _LocalSystem:
             log.info("adopted %s", ", ".join(adopted))
         await cloud.launch(max(0, self._settings.cloud.instances - len(adopted)), spot=True)
 
-    async def _follow_controller(self, relay: Relay, address: Address, secret: str) -> None:
-        """The gateway's channel to the controller: tables in, counts out."""
-        channel = await connect(address.host, address.port, secret=secret, inbound=RoutingTable)
-        channel.send(GatewayAttached(gateway_id=GATEWAY_ID))
-        reporting = asyncio.create_task(_report(relay, channel))
-        try:
-            while True:
-                relay.use_table(await channel.receive())
-        finally:
-            reporting.cancel()
-
     async def _watch_store(self) -> None:
         while True:
             try:
@@ -176,13 +174,6 @@ class _LocalSystem:
                     log.warning("progress store lost, resuming is degraded until it is back: %s", error)
             self._store_healthy = healthy
             await asyncio.sleep(STORE_CHECK_S)
-
-
-async def _report(relay: Relay, channel: Any) -> None:
-    with contextlib.suppress(WireError):
-        while True:
-            channel.send(relay.report(GATEWAY_ID))
-            await asyncio.sleep(REPORT_S)
 
 
 class _Server(uvicorn.Server):

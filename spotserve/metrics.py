@@ -13,7 +13,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = self._counter("requests_total", "HTTP calls answered, by route and status class", ("route", "status"))
         self.output_tokens = self._counter("output_tokens_total", "Output tokens that reached this gateway, each position once")
         self.tokens_recomputed = self._counter(
             "tokens_recomputed_total", "Tokens computed again because an interruption lost their KV"
@@ -39,8 +38,11 @@ class Metrics:
             registry=self.registry,
             buckets=LATENCY_BUCKETS_S,
         )
-        self.call_seconds = Histogram(
-            "spotserve_call_seconds", "From accepting a call to its last token", registry=self.registry, buckets=LATENCY_BUCKETS_S
+        self.sequence_seconds = Histogram(
+            "spotserve_sequence_seconds",
+            "From accepting a call to the last token of a sequence",
+            registry=self.registry,
+            buckets=LATENCY_BUCKETS_S,
         )
         self.store_healthy = self._gauge(
             "store_healthy", "1 when every process reaches the progress store; 0: resuming is degraded"

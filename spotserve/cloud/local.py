@@ -21,7 +21,7 @@ from spotserve.config import LocalCloudSettings
 from spotserve.core.clock import Clock
 from spotserve.core.cluster import Notice
 from spotserve.core.errors import CloudError
-from spotserve.core.messages import CloudEvent, InstanceLaunched, InstanceLost, NoticeReceived
+from spotserve.core.messages import TERMINATED, CloudEvent, InstanceLaunched, InstanceLost, NoticeReceived
 from spotserve.system_folder import process_name, replace_file
 
 POLL_ADOPTED_S = 0.5
@@ -87,7 +87,7 @@ class LocalCloud:
         """Ends an instance at the user's wish: its place stays empty."""
         instance = self._instances.get(instance_id)
         if instance is not None:
-            self._forget(instance_id, "terminated")
+            self._forget(instance_id, TERMINATED)
             _kill(instance.pid)
 
     async def close(self) -> None:

@@ -12,6 +12,7 @@ from spotserve.config import ControllerSettings
 from spotserve.controller.fleet import Decision, FleetEvent, Instance, Replica
 from spotserve.core.cluster import DeviceId, InstanceState, Notice, NoticeKind, ReplicaState
 from spotserve.core.messages import (
+    TERMINATED,
     Activate,
     Command,
     Drain,
@@ -29,6 +30,7 @@ from spotserve.core.messages import (
     RoutingTable,
     SequenceMoved,
     SequenceOrder,
+    SequenceResumed,
     Terminate,
     Tick,
     Undrain,
@@ -91,6 +93,9 @@ class ControllerState:
                 commands, reason = self._moved(event, now_s)
             case Drained():
                 commands, reason = [], f"{event.replica_id} is empty"
+            case SequenceResumed():
+                self._note_event("resumed", "", now_s, request_id=event.request_id, reason=event.reason)
+                commands, reason = [], ""
             case Tick():
                 commands, reason = self._tick(now_s)
         commands += self._publish()
@@ -244,7 +249,8 @@ class ControllerState:
         had_notice = instance.notice is not None
         instance.move_to(InstanceState.GONE)
         instance.address = None
-        self._note_event("lost", event.instance_id, now_s, reason=event.reason, notice=had_notice)
+        kind = "terminated" if event.reason == TERMINATED else "lost"
+        self._note_event(kind, event.instance_id, now_s, reason=event.reason, notice=had_notice)
         for replica in self._replicas_on(event.instance_id):
             self._drop_replica(replica)
         return self._replan(f"{event.instance_id} is gone ({event.reason})")

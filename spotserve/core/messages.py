@@ -145,6 +145,10 @@ class InstanceLaunched(Message, frozen=True):
     usd_per_hour: float
 
 
+TERMINATED = "terminated"
+"""Reason of an `InstanceLost` that the user wished for."""
+
+
 class InstanceLost(Message, frozen=True):
     """A machine is gone, with or without a notice before."""
 
@@ -163,7 +167,6 @@ class Tick(Message, frozen=True):
 
 
 CloudEvent: TypeAlias = InstanceLaunched | InstanceLost | NoticeReceived | Tick
-Event: TypeAlias = WorkerEvent | CloudEvent
 
 # --------------------------------------------------------------------------- controller -> worker
 
@@ -292,7 +295,14 @@ class GatewayReport(Message, frozen=True):
     lost: int
 
 
-GatewayMessage: TypeAlias = GatewayAttached | GatewayReport
+class SequenceResumed(Message, frozen=True):
+    """A sequence lost its owner, or its owner let go of it, and goes on elsewhere from its tokens."""
+
+    request_id: str
+    reason: str
+
+
+GatewayMessage: TypeAlias = GatewayAttached | GatewayReport | SequenceResumed
 
 # --------------------------------------------------------------------------- gateway <-> worker
 
@@ -403,6 +413,9 @@ PeerMessage: TypeAlias = HandOver | KvPart | HandOverAnswered
 
 WorkerInbound: TypeAlias = GatewayCommand | HandOver | KvPart
 """What may arrive at a worker's listening port."""
+
+Event: TypeAlias = WorkerEvent | CloudEvent | SequenceResumed
+"""What the controller's state handles."""
 
 ControllerInbound: TypeAlias = WorkerEvent | GatewayMessage
 """What may arrive at the controller's listening port."""

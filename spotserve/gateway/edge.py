@@ -15,8 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from spotserve.gateway.chunks import DONE, error_event
 from spotserve.gateway.problems import INTERNAL, Problem, problem_response
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/version", "/metrics"})
-"""Served without a key: probes and scrapers have none."""
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/version", "/metrics", "/status", "/decisions"})
+"""Served without a key: probes, scrapers and operators have none."""
+ADMIN_PREFIX = "/admin/"
+"""Guarded by the system's own secret, which clients of the API do not have."""
 MAX_REQUEST_ID_CHARACTERS = 128
 
 _log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class Edge:
             await _tell_failure(scope, receive, send_named, started[0] if started else None)
 
     def _admits(self, path: str, authorization: str) -> bool:
-        if self._api_key is None or path in OPEN_PATHS:
+        if self._api_key is None or path in OPEN_PATHS or path.startswith(ADMIN_PREFIX):
             return True
         scheme, _, key = authorization.partition(" ")
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._api_key)

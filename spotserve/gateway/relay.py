@@ -9,7 +9,7 @@ knows that replicas can die; nothing here knows text.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -28,6 +28,7 @@ from spotserve.core.messages import (
     Moved,
     Released,
     RoutingTable,
+    SequenceResumed,
     Submit,
     WorkerReply,
 )
@@ -55,12 +56,21 @@ class Relay:
     """Owner of every call that this gateway has accepted."""
 
     def __init__(
-        self, gateway_id: str, settings: GatewaySettings, store: Store, *, secret: str, clock: Clock, metrics: Metrics
+        self,
+        gateway_id: str,
+        settings: GatewaySettings,
+        store: Store,
+        *,
+        secret: str,
+        clock: Clock,
+        metrics: Metrics,
+        on_resumed: Callable[[SequenceResumed], None],
     ) -> None:
         self._settings = settings
         self._store = store
         self._clock = clock
         self._metrics = metrics
+        self._on_resumed = on_resumed
         self._table = RoutingTable(version=0, replicas=(), model=None)
         self._links = ReplicaLinks(gateway_id, secret=secret, on_reply=self._on_reply, on_open=self._on_open, on_lost=self._on_lost)
         self._calls: dict[str, Call] = {}
@@ -246,6 +256,8 @@ class Relay:
         self._metrics.tokens_recomputed.inc(delta.recomputed_tokens)
         self._metrics.draft_tokens.inc(delta.draft_tokens)
         self._metrics.accepted_tokens.inc(delta.accepted_tokens)
+        if not transcript.token_ids and delta.token_ids:
+            self._metrics.time_to_first_token.observe(self._clock.now_s() - transcript.request.arrival_s)
         self._metrics.output_tokens.inc(transcript.extend(delta))
         if transcript.finish_reason is not None:
             self._note_finished(transcript)
@@ -254,8 +266,8 @@ class Relay:
         transcript = self._transcripts.get(released.request_id)
         if transcript is None or transcript.is_finished or released.epoch < transcript.epoch:
             return
-        log.info("%s resumes elsewhere: %s", released.request_id, released.reason)
         transcript.suspend()
+        self._note_resumed(transcript, released.reason)
         self._dispatch(transcript, prefer=released.destination_replica_id, exclude=frozenset({replica_id}))
 
     def _on_lost(self, replica_id: str) -> None:
@@ -267,9 +279,9 @@ class Relay:
             transcript.suspend()
         if orphans:
             log.info("%s is lost; %d sequences resume elsewhere", replica_id, len(orphans))
-            self._start_task(self._recover(orphans))
+            self._start_task(self._recover(orphans, f"{replica_id} was lost"))
 
-    async def _recover(self, orphans: list[Transcript]) -> None:
+    async def _recover(self, orphans: list[Transcript], reason: str) -> None:
         """Goes on from the longest prefix that is known; the store may be a step ahead of what arrived here."""
         try:
             stored = await self._store.load([transcript.request_id for transcript in orphans])
@@ -283,7 +295,7 @@ class Relay:
                 if transcript.finish_reason is not None:
                     self._note_finished(transcript)
             if transcript.is_waiting:
-                self._metrics.sequences_resumed.inc()
+                self._note_resumed(transcript, reason)
                 self._dispatch(transcript)
 
     # ------------------------------------------------------------------ calls of a gateway that is gone
@@ -346,8 +358,14 @@ class Relay:
             self.cancel(request.request_id)
             del self._transcripts[request.request_id]
 
+    def _note_resumed(self, transcript: Transcript, reason: str) -> None:
+        log.info("%s resumes elsewhere: %s", transcript.request_id, reason)
+        self._metrics.sequences_resumed.inc()
+        self._on_resumed(SequenceResumed(request_id=transcript.request_id, reason=reason))
+
     def _note_finished(self, transcript: Transcript) -> None:
         self._finished += 1
+        self._metrics.sequence_seconds.observe(self._clock.now_s() - transcript.request.arrival_s)
         if transcript.finish_reason is FinishReason.FAILED:
             self._lost += 1
 

@@ -11,13 +11,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from spotserve.config import LocalCloudSettings
 from spotserve.core.errors import ConfigError
-from spotserve.demo.prompts import build_prompt
 from spotserve.replay import live
 from spotserve.replay.admin import Admin
 from spotserve.replay.client import StreamClient
 from spotserve.replay.compare import Comparison, compare_runs
 from spotserve.replay.folder import write_folder
 from spotserve.replay.formats import parse_capacity, parse_requests, read_trace_text
+from spotserve.replay.prompts import build_prompt
 from spotserve.replay.record import RunRecord
 from spotserve.replay.report import describe, print_report, report_text
 from spotserve.replay.summary import Objectives, Summary, summarise

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spotserve.demo.prompts import CHARACTERS_PER_TOKEN, OPENINGS, build_prompt
+from spotserve.replay.prompts import CHARACTERS_PER_TOKEN, OPENINGS, build_prompt
 
 
 @settings(deadline=None)
