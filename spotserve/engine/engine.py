@@ -6,7 +6,6 @@ clocks, peers and text. Single-threaded. Constructible after a fork, as long as 
 """
 
 from collections.abc import Sequence as ReadOnly
-from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -15,10 +14,11 @@ from spotserve.config import EngineSettings
 from spotserve.core.errors import ContextTooLong, InvalidRequest
 from spotserve.core.messages import SequenceReport
 from spotserve.core.model import ModelSpec
-from spotserve.core.request import FinishReason, Request, TokenLogprob
+from spotserve.core.request import FinishReason, Request
 from spotserve.engine.attention import KvCache
 from spotserve.engine.batch import slot_of
 from spotserve.engine.blocks import BlockPool
+from spotserve.engine.results import ExportedSequence, SequenceOutput, StepResult
 from spotserve.engine.runner import Runner
 from spotserve.engine.sampler import SampledToken
 from spotserve.engine.scheduler import ScheduledSequence, Scheduler
@@ -32,44 +32,6 @@ from spotserve.speculation.tree import DraftTree
 
 _ADAPTIVE_DRAFT_TOKENS = 4
 """Most that `adaptive` drafts per sequence and step."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceOutput:
-    """What one step gave one sequence: the fields of a `TokenDelta` but its epoch, which the engine does not know."""
-
-    request_id: str
-    position: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    gaps: tuple[float, ...] | None = None
-    finish_reason: FinishReason | None = None
-    recomputed_tokens: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """One engine step."""
-
-    outputs: tuple[SequenceOutput, ...]
-    num_prefill_tokens: int
-    num_decode_tokens: int
-    """Rows of decoding sequences, draft tokens included."""
-    step_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportedSequence:
-    """A sequence on its way to another engine."""
-
-    request: Request
-    output_token_ids: tuple[int, ...]
-    computed_tokens: int
-    kv: tuple[bytes, ...]
-    """Per layer [2, computed_tokens, kv_heads, head_size], contiguous, in `dtype`."""
-    dtype: str
 
 
 class Engine:
