@@ -161,8 +161,14 @@ class Engine:
         return exported
 
     def import_sequence(self, exported: ExportedSequence) -> bool:
-        """Goes on with another engine's sequence without computing anything again; False when there is no room for it now,
-        or when its KV is not what this engine computes with."""
+        """Goes on with another engine's sequence and computes nothing again.
+
+        Returns:
+            False when there is no room for it now, or its KV is not what this engine computes with: `add` it then.
+
+        Raises:
+            InvalidRequest: as `add`.
+        """
         request, computed = exported.request, exported.computed_tokens
         self._check(request, exported.output_token_ids)
         layer_bytes = computed * self.spec.kv_bytes_per_token // self.spec.num_layers
