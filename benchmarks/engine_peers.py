@@ -10,6 +10,7 @@ depend on them, but what prompt lookup gains does (random weights loop, which fl
 
 import argparse
 import json
+import logging
 import platform
 import statistics
 import sys
@@ -103,8 +104,8 @@ def generate_run(folder: str, new_tokens: int) -> Run:
 
 def continuous_run(folder: str, new_tokens: int) -> Run:
     """transformers continuous batching with a cache large enough for all."""
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # it warns of the reuse that is meant here
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    model.set_attn_implementation("paged|sdpa")
     generation = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     batching = ContinuousBatchingConfig(num_blocks=1024, page_size=32, max_batch_tokens=256, max_requests_per_batch=64)
 
@@ -148,7 +149,7 @@ def main() -> None:
             demo_shape(Path(scratch))
         engines = {
             name: Engine(EngineSettings(model=folder, threads=arguments.threads, speculation=speculation))
-            for name, speculation in (("spotserve", "off"), ("spotserve ngram:4", "ngram:4"))
+            for name, speculation in (("spotserve", "off"), ("spotserve ngram:4", "ngram:4"), ("spotserve adaptive", "adaptive"))
         }
         systems = {name: engine_run(engine, arguments.new_tokens) for name, engine in engines.items()}
         systems["generate"] = generate_run(folder, arguments.new_tokens)

@@ -159,8 +159,11 @@ class PagedBatch:
             return F.scaled_dot_product_attention(
                 query, keys, values, attn_mask=mask.expand(-1, -1, query.shape[2], -1), scale=scale
             )
-        scores = torch.tanh(torch.matmul(query, keys.transpose(2, 3)) * (scale / softcap)) * softcap + mask
-        return torch.matmul(scores.softmax(dim=-1), values)
+        # One product per row and head, in batches: `matmul` would choose its kernel by the number of rows.
+        queries, keys, values = (part.reshape(-1, *part.shape[2:]) for part in (query, keys, values))
+        scores = torch.tanh(torch.bmm(queries, keys.transpose(1, 2)) * (scale / softcap)) * softcap
+        weights = (scores.view(*query.shape[:3], -1) + mask).softmax(dim=-1).view(scores.shape)
+        return torch.bmm(weights, values).view(query.shape)
 
 
 def paged_attention(

@@ -6,7 +6,6 @@ clocks, peers and text. Single-threaded. Constructible after a fork, as long as 
 """
 
 from collections.abc import Sequence as ReadOnly
-from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -15,59 +14,24 @@ from spotserve.config import EngineSettings
 from spotserve.core.errors import ContextTooLong, InvalidRequest
 from spotserve.core.messages import SequenceReport
 from spotserve.core.model import ModelSpec
-from spotserve.core.request import FinishReason, Request, TokenLogprob
+from spotserve.core.request import FinishReason, Request
 from spotserve.engine.attention import KvCache
 from spotserve.engine.batch import slot_of
 from spotserve.engine.blocks import BlockPool
+from spotserve.engine.results import ExportedSequence, SequenceOutput, StepResult
 from spotserve.engine.runner import Runner
 from spotserve.engine.sampler import SampledToken
 from spotserve.engine.scheduler import ScheduledSequence, Scheduler
 from spotserve.engine.selfcheck import choose_forward
 from spotserve.engine.sequence import Sequence, new_sequence
 from spotserve.engine.weights import load_model
+from spotserve.speculation.advisor import DraftAdvisor
 from spotserve.speculation.drafter import Drafter
 from spotserve.speculation.drafters.ngram import NgramDrafter
 from spotserve.speculation.tree import DraftTree
 
 _ADAPTIVE_DRAFT_TOKENS = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceOutput:
-    """What one step gave one sequence: the fields of a `TokenDelta` but its epoch, which the engine does not know."""
-
-    request_id: str
-    position: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    gaps: tuple[float, ...] | None = None
-    finish_reason: FinishReason | None = None
-    recomputed_tokens: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """One engine step."""
-
-    outputs: tuple[SequenceOutput, ...]
-    num_prefill_tokens: int
-    num_decode_tokens: int
-    """Rows of decoding sequences, draft tokens included."""
-    step_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportedSequence:
-    """A sequence on its way to another engine."""
-
-    request: Request
-    output_token_ids: tuple[int, ...]
-    computed_tokens: int
-    kv: tuple[bytes, ...]
-    """Per layer [2, computed_tokens, kv_heads, head_size], contiguous, in `dtype`."""
-    dtype: str
+"""Most that `adaptive` drafts per sequence and step."""
 
 
 class Engine:
@@ -106,6 +70,7 @@ class Engine:
         )
         named_drafter, self._draft_tokens = _drafter(settings.speculation)
         self._drafter = named_drafter if drafter is None else drafter
+        self._advisor = DraftAdvisor(max_tokens=self._draft_tokens) if settings.speculation == "adaptive" else None
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
 
@@ -155,7 +120,9 @@ class Engine:
     def step(self) -> StepResult:
         """Computes one step; `outputs` has every sequence that got tokens or ended."""
         started_s = perf_counter()
-        schedule = self._scheduler.schedule(None if self._drafter is None else self._propose)
+        if self._advisor is not None:
+            self._draft_tokens = self._advisor.draft_tokens(num_sequences=self.num_running)
+        schedule = self._scheduler.schedule(self._propose if self._drafter is not None and self._draft_tokens else None)
         prefill_tokens = sum(entry.num_tokens for entry in schedule.entries if entry.sequence.pending_tokens > 1)
         outputs: tuple[SequenceOutput, ...] = ()
         if schedule.entries:
@@ -163,11 +130,14 @@ class Engine:
                 sampled = self._runner.run(schedule.entries)
             pairs = zip(schedule.entries, sampled, strict=True)
             outputs = tuple(self._apply(entry, tokens) for entry, tokens in pairs if self._advance(entry, tokens))
+        step_s = perf_counter() - started_s
+        if self._advisor is not None and schedule.entries and not prefill_tokens:
+            self._advisor.observe_step(rows=schedule.num_tokens, step_s=step_s)
         return StepResult(
             outputs=outputs,
             num_prefill_tokens=prefill_tokens,
             num_decode_tokens=schedule.num_tokens - prefill_tokens,
-            step_s=perf_counter() - started_s,
+            step_s=step_s,
         )
 
     def export_sequence(self, request_id: str) -> ExportedSequence | None:
@@ -191,8 +161,14 @@ class Engine:
         return exported
 
     def import_sequence(self, exported: ExportedSequence) -> bool:
-        """Goes on with another engine's sequence without computing anything again; False when there is no room for it now,
-        or when its KV is not what this engine computes with."""
+        """Goes on with another engine's sequence and computes nothing again.
+
+        Returns:
+            False when there is no room for it now, or its KV is not what this engine computes with: `add` it then.
+
+        Raises:
+            InvalidRequest: as `add`.
+        """
         request, computed = exported.request, exported.computed_tokens
         self._check(request, exported.output_token_ids)
         layer_bytes = computed * self.spec.kv_bytes_per_token // self.spec.num_layers
@@ -279,6 +255,9 @@ class Engine:
                 break
         sequence.advance(kept - 1)  # accepted draft tokens are in the cache; the last token never is
         tokens = sampled[:kept]
+        accepted = min(kept, len(sampled) - 1)
+        if self._advisor is not None and entry.draft:
+            self._advisor.observe_draft(drafted=len(entry.draft), accepted=accepted)
         if finish_reason is None:
             self._scheduler.settle(sequence)
         else:
@@ -292,7 +271,7 @@ class Engine:
             finish_reason=finish_reason,
             recomputed_tokens=sequence.take_recomputed_tokens(),
             draft_tokens=len(entry.draft),
-            accepted_tokens=min(kept, len(sampled) - 1),
+            accepted_tokens=accepted,
         )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:

@@ -11,10 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from spotserve.config import EngineSettings
 from spotserve.core.errors import ModelError
 from spotserve.core.request import Request
+from spotserve.engine.attention import KvCache
+from spotserve.engine.batch import RowLayout
 from spotserve.engine.engine import Engine
 from spotserve.engine.forward import LibraryForward
 from spotserve.engine.fused import FusedForward
+from spotserve.engine.scheduler import ScheduledSequence
 from spotserve.engine.selfcheck import choose_forward
+from spotserve.engine.sequence import new_sequence
 from spotserve.engine.weights import load_model
 
 SHAPE = {
@@ -85,6 +89,27 @@ def test_fused_pass_is_taken_and_equals_the_library(family: str, dtype: str, sav
     with torch.inference_mode():
         model = load_model(settings)
         assert isinstance(choose_forward(model, block_tokens=16), FusedForward)
+
+
+@pytest.mark.parametrize("family", sorted(FUSED))
+def test_both_passes_give_the_same_logits(
+    family: str, save_model: Callable[..., Path], make_request: Callable[..., Request]
+) -> None:
+    """On the rows of one step, each with a cache of its own, and past the first padded length."""
+    logits = []
+    with torch.inference_mode():
+        model = load_model(EngineSettings(model=str(save_model(family, **FAMILIES[family])), dtype="float64"))
+        for forward in (LibraryForward(model), FusedForward(model)):
+            cache = KvCache(model.spec, num_blocks=9, block_tokens=16, dtype=model.dtype, device=torch.device("cpu"))
+            sequence = new_sequence(make_request("a", 100), seniority=0, end_token_ids=(), emitted_token_ids=())
+            sequence.block_ids.extend(range(1, 8))
+            rows = RowLayout((ScheduledSequence(sequence, 100),), cache).build()
+            logits.append(forward(rows, torch.arange(100)))
+        token_ids = torch.tensor([sequence.token_ids])
+        model.module.set_attn_implementation("sdpa")
+        logits.append(model.module(token_ids, use_cache=False).logits[0])
+    for other in logits[1:]:
+        assert (other - logits[0]).abs().max() < 1e-12
 
 
 def test_other_families_go_through_the_library(save_model: Callable[..., Path]) -> None:

@@ -98,7 +98,7 @@ CASES: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("speculation", ["off", "ngram:4"])
+@pytest.mark.parametrize("speculation", ["off", "ngram:4", "adaptive"])
 def test_engine_equals_twin(
     speculation: str, make_engine: Callable[..., Engine], collect: Callable, make_request: Callable[..., Request], twin: Callable
 ) -> None:
@@ -118,7 +118,7 @@ def test_engine_equals_twin(
         assert all(len(item.top) == 3 and item.top[0][1] >= item.logprob - 1e-12 for item in got.logprobs)
         ended = token_ids[-1] in set(request.sampling.stop_token_ids) | (set() if request.sampling.ignore_eos else {1, 2})
         assert got.finish_reason is (FinishReason.STOP if ended else FinishReason.LENGTH)
-    if speculation != "off":
+    if speculation == "ngram:4":
         assert sum(item.accepted_tokens for item in collected.values()) > 0, "no draft was ever accepted: nothing was tested"
 
 

@@ -1,0 +1,1 @@
+"""Where guesses come from: each module is one `spotserve.speculation.drafter.Drafter`."""

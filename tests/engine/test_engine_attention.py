@@ -1,0 +1,61 @@
+"""Attention of a row has the same bits however its keys are found and whoever stands beside it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spotserve.core.model import ModelSpec
+from spotserve.engine.attention import KvCache, PagedBatch, RowGroup, padded_blocks
+
+SPEC = ModelSpec(
+    name="shape",
+    num_layers=1,
+    num_kv_heads=2,
+    head_size=16,
+    vocabulary_size=8,
+    context_tokens=512,
+    layer_bytes=1,
+    embedding_bytes=1,
+    head_bytes=1,
+    value_bytes=4,
+)
+BLOCK_TOKENS = 16
+
+
+@given(position=st.integers(0, 40_000), block_tokens=st.integers(1, 100))
+def test_padding_depends_on_position_alone_and_nests(position: int, block_tokens: int) -> None:
+    blocks = padded_blocks(position, block_tokens=block_tokens)
+    assert blocks * block_tokens > position
+    assert padded_blocks(blocks * block_tokens - 1, block_tokens=block_tokens) == blocks, "a run must end where the padding changes"
+    assert blocks * block_tokens <= max(64 + block_tokens, 1.5 * (position + block_tokens))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_tables_of_every_kind_give_the_same_bits(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    cache = KvCache(SPEC, num_blocks=9, block_tokens=BLOCK_TOKENS, dtype=dtype, device=torch.device("cpu"))
+    cache.layers[0].normal_()
+    num_rows, num_keys = 8, 128
+    positions = torch.arange(110, 110 + num_rows)
+    query = torch.randn(num_rows, 2, 2, 16, dtype=dtype)
+    blocks = torch.tensor([5, 1, 7, 3, 8, 2, 6, 4])
+    slots = (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()
+    key, value = (cache.layers[0][slots[positions], which].clone() for which in (0, 1))  # writes what is there already
+
+    def attend(rows: slice, *groups: RowGroup) -> torch.Tensor:
+        batch = PagedBatch(cache, slots[positions[rows]], groups)
+        return batch.attend(0, query[rows], key[rows], value[rows], scale=0.25, window=window, softcap=softcap)
+
+    shared = attend(slice(0, 8), RowGroup(0, 8, blocks[None], False, positions, num_keys))
+    own = attend(slice(0, 8), RowGroup(0, 8, blocks.repeat(8, 1), False, positions, num_keys))
+    by_slot = attend(slice(0, 8), RowGroup(0, 8, slots.repeat(8, 1), True, positions, num_keys))
+    first, rest = RowGroup(0, 3, blocks[None], False, positions[:3], num_keys), slots.repeat(5, 1)
+    mixed = attend(slice(0, 8), first, RowGroup(3, 8, rest, True, positions[3:], num_keys))
+    for other in (own, by_slot, mixed):
+        assert torch.equal(other, shared)
+    for row in range(num_rows):
+        alone = attend(slice(row, row + 1), RowGroup(0, 1, blocks[None], False, positions[row : row + 1], num_keys))
+        assert torch.equal(alone[0], shared[row])
