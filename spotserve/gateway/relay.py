@@ -76,6 +76,9 @@ class Relay:
         self._calls: dict[str, Call] = {}
         self._transcripts: dict[str, Transcript] = {}
         self._claims: dict[str, _Claiming] = {}
+        self._take_overs: dict[str, asyncio.Task[bool]] = {}
+        self._recovering: set[str] = set()
+        """Sequences for which the store is being asked what it knows."""
         self._readers: Counter[str] = Counter()
         """Connections that read each call's answer."""
         self._unread: dict[str, asyncio.TimerHandle] = {}
@@ -120,15 +123,14 @@ class Relay:
         Raises:
             StoreError: it is not one of this gateway's and the store is out of reach.
         """
-        call = self._calls.get(call_id)
-        if call is None:
-            record = await self._store.get_call(call_id)
-            if record is None:
+        if call_id not in self._calls:
+            taking = self._take_overs.get(call_id)
+            if taking is None:
+                taking = self._take_overs[call_id] = asyncio.create_task(self._take_over(call_id))
+                taking.add_done_callback(lambda _: self._take_overs.pop(call_id))
+            if not await asyncio.shield(taking):
                 return None
-            call = self._calls.get(call_id)  # somebody else may have come back to it meanwhile
-            if call is None:
-                call = msgspec.msgpack.decode(record, type=Call)
-                await self._take_over(call)
+        call = self._calls[call_id]
         self._start_reading(call_id)
         return call, self._streams(call)
 
@@ -187,6 +189,8 @@ class Relay:
             route = pick(self._links.connected(self._table.replicas), self._load())
         if route is None:
             return
+        if transcript.interruption is not None:
+            self._note_resumed(transcript, transcript.interruption)
         transcript.dispatched_to(route.replica_id)
         submit = Submit(
             request=transcript.request,
@@ -196,11 +200,11 @@ class Relay:
         try:
             self._links.send(route.replica_id, submit)
         except ChannelClosed:
-            transcript.suspend()  # its loss is on the way to `_on_lost`, which dispatches again
+            transcript.suspend(f"{route.replica_id} was lost")  # its loss is on the way to `_on_lost`, which dispatches again
 
     def _dispatch_waiting(self) -> None:
         for transcript in tuple(self._transcripts.values()):
-            if transcript.is_waiting:
+            if transcript.is_waiting and transcript.request_id not in self._recovering:
                 self._dispatch(transcript)
 
     def _load(self) -> dict[str, int]:
@@ -266,8 +270,7 @@ class Relay:
         transcript = self._transcripts.get(released.request_id)
         if transcript is None or transcript.is_finished or released.epoch < transcript.epoch:
             return
-        transcript.suspend()
-        self._note_resumed(transcript, released.reason)
+        transcript.suspend(released.reason)
         self._dispatch(transcript, prefer=released.destination_replica_id, exclude=frozenset({replica_id}))
 
     def _on_lost(self, replica_id: str) -> None:
@@ -276,12 +279,13 @@ class Relay:
             transcript for transcript in self._transcripts.values() if transcript.owner == replica_id and not transcript.is_finished
         ]
         for transcript in orphans:
-            transcript.suspend()
+            transcript.suspend(f"{replica_id} was lost")
         if orphans:
             log.info("%s is lost; %d sequences resume elsewhere", replica_id, len(orphans))
-            self._start_task(self._recover(orphans, f"{replica_id} was lost"))
+            self._recovering.update(transcript.request_id for transcript in orphans)
+            self._start_task(self._recover(orphans))
 
-    async def _recover(self, orphans: list[Transcript], reason: str) -> None:
+    async def _recover(self, orphans: list[Transcript]) -> None:
         """Goes on from the longest prefix that is known; the store may be a step ahead of what arrived here."""
         try:
             stored = await self._store.load([transcript.request_id for transcript in orphans])
@@ -289,20 +293,23 @@ class Relay:
             log.warning("resuming from transcripts alone: %s", error)
             stored = {}
         for transcript in orphans:
+            self._recovering.discard(transcript.request_id)
             progress = stored.get(transcript.request_id)
             if progress is not None and transcript.is_waiting:
                 transcript.extend_from_store(progress.token_ids, progress.finish_reason)
                 if transcript.finish_reason is not None:
                     self._note_finished(transcript)
             if transcript.is_waiting:
-                self._note_resumed(transcript, reason)
                 self._dispatch(transcript)
 
     # ------------------------------------------------------------------ calls of a gateway that is gone
 
-    async def _take_over(self, call: Call) -> None:
-        """Makes a stored call this gateway's: from the worker that runs it, else from the store."""
-        self._calls[call.call_id] = call
+    async def _take_over(self, call_id: str) -> bool:
+        """Makes a stored call this gateway's: from the worker that runs it, else from the store. False: nobody knows it."""
+        record = await self._store.get_call(call_id)
+        if record is None:
+            return False
+        call = msgspec.msgpack.decode(record, type=Call)
         await self._links.wait_for_any(LINKS_TIMEOUT_S)
         request_ids = [request.request_id for request in call.requests]
         stored = await self._store.load(request_ids)
@@ -326,6 +333,8 @@ class Relay:
             transcript = self._transcripts[request_id]
             if transcript.is_waiting:
                 self._dispatch(transcript)
+        self._calls[call.call_id] = call
+        return True
 
     async def _keep_record(self, call: Call) -> None:
         try:

@@ -22,6 +22,8 @@ class Transcript:
         self.epoch = 0
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.interruption: str | None = None
+        """Why it lost its last owner; None while it has one, or never had any."""
         self._deltas: list[TokenDelta] = []
         self._grown = asyncio.Event()
 
@@ -45,16 +47,17 @@ class Transcript:
     def dispatched_to(self, replica_id: str) -> None:
         """A replica is given the sequence, under the next epoch."""
         self.state = advance(REQUEST_TRANSITIONS, self.state, RequestState.RUNNING)
-        self.owner, self.epoch = replica_id, after_dispatch(self.epoch)
+        self.owner, self.epoch, self.interruption = replica_id, after_dispatch(self.epoch), None
 
     def owned_by(self, replica_id: str, epoch: int) -> None:
         """A replica says that it owns the sequence under `epoch` (after a hand-over, or found again)."""
         if self.is_waiting:
             self.state = advance(REQUEST_TRANSITIONS, self.state, RequestState.RUNNING)
-        self.owner, self.epoch = replica_id, epoch
+        self.owner, self.epoch, self.interruption = replica_id, epoch, None
 
-    def suspend(self) -> None:
+    def suspend(self, reason: str) -> None:
         """Its owner is gone or has let go."""
+        self.interruption = reason
         if self.state is RequestState.RUNNING:
             self.state = advance(REQUEST_TRANSITIONS, self.state, RequestState.SUSPENDED)
         self.owner = None
@@ -62,7 +65,7 @@ class Transcript:
     def suspend_unseen(self, epoch: int) -> None:
         """It ran before this gateway existed, last known under `epoch`."""
         self.dispatched_to("")
-        self.suspend()
+        self.suspend("its gateway was lost")
         self.epoch = epoch
 
     # ------------------------------------------------------------------ progress
