@@ -25,9 +25,9 @@ from spotserve.engine.scheduler import ScheduledSequence, Scheduler
 from spotserve.engine.selfcheck import choose_forward
 from spotserve.engine.sequence import Sequence, new_sequence
 from spotserve.engine.weights import load_model
-from spotserve.speculation.advisor import DraftAdvisor
 from spotserve.speculation.drafter import Drafter
 from spotserve.speculation.drafters.ngram import NgramDrafter
+from spotserve.speculation.goodput import GoodputRule
 from spotserve.speculation.tree import DraftTree
 
 _ADAPTIVE_DRAFT_TOKENS = 4
@@ -70,7 +70,7 @@ class Engine:
         )
         named_drafter, self._draft_tokens = _drafter(settings.speculation)
         self._drafter = named_drafter if drafter is None else drafter
-        self._advisor = DraftAdvisor(max_tokens=self._draft_tokens) if settings.speculation == "adaptive" else None
+        self._goodput = GoodputRule(max_tokens=self._draft_tokens) if settings.speculation == "adaptive" else None
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
 
@@ -120,8 +120,8 @@ class Engine:
     def step(self) -> StepResult:
         """Computes one step; `outputs` has every sequence that got tokens or ended."""
         started_s = perf_counter()
-        if self._advisor is not None:
-            self._draft_tokens = self._advisor.draft_tokens(num_sequences=self.num_running)
+        if self._goodput is not None:
+            self._draft_tokens = self._goodput.draft_tokens(num_sequences=self.num_running)
         schedule = self._scheduler.schedule(self._propose if self._drafter is not None and self._draft_tokens else None)
         prefill_tokens = sum(entry.num_tokens for entry in schedule.entries if entry.sequence.pending_tokens > 1)
         outputs: tuple[SequenceOutput, ...] = ()
@@ -131,8 +131,8 @@ class Engine:
             pairs = zip(schedule.entries, sampled, strict=True)
             outputs = tuple(self._apply(entry, tokens) for entry, tokens in pairs if self._advance(entry, tokens))
         step_s = perf_counter() - started_s
-        if self._advisor is not None and schedule.entries and not prefill_tokens:
-            self._advisor.observe_step(rows=schedule.num_tokens, step_s=step_s)
+        if self._goodput is not None and schedule.entries and not prefill_tokens:
+            self._goodput.observe_step(rows=schedule.num_tokens, step_s=step_s)
         return StepResult(
             outputs=outputs,
             num_prefill_tokens=prefill_tokens,
@@ -256,8 +256,8 @@ class Engine:
         sequence.advance(kept - 1)  # accepted draft tokens are in the cache; the last token never is
         tokens = sampled[:kept]
         accepted = min(kept, len(sampled) - 1)
-        if self._advisor is not None and entry.draft:
-            self._advisor.observe_draft(drafted=len(entry.draft), accepted=accepted)
+        if self._goodput is not None and entry.draft:
+            self._goodput.observe_draft(drafted=len(entry.draft), accepted=accepted)
         if finish_reason is None:
             self._scheduler.settle(sequence)
         else:

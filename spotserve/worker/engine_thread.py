@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from spotserve.engine.engine import Engine, StepResult
+from spotserve.engine.engine import Engine
+from spotserve.engine.results import StepResult
 
 Result = TypeVar("Result")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from spotserve.core.request import FinishReason, Request, TokenDelta, TokenLogprob
-from spotserve.engine.engine import SequenceOutput
+from spotserve.engine.results import SequenceOutput
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from spotserve.core.errors import ChannelClosed, WireError
 from spotserve.core.messages import Address, HandOver, HandOverAnswered, KvPart
 from spotserve.core.request import Request, TokenDelta
-from spotserve.engine.engine import ExportedSequence
+from spotserve.engine.results import ExportedSequence
 from spotserve.wire import Channel, connect
 
 

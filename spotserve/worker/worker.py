@@ -29,7 +29,8 @@ from spotserve.core.messages import (
 )
 from spotserve.core.model import ModelSpec
 from spotserve.core.request import FinishReason, Request, TokenDelta
-from spotserve.engine.engine import Engine, ExportedSequence, StepResult
+from spotserve.engine.engine import Engine
+from spotserve.engine.results import ExportedSequence, StepResult
 from spotserve.wire import Channel
 from spotserve.worker.commits import Committer
 from spotserve.worker.engine_thread import EngineThread

@@ -1,8 +1,8 @@
 """How many tokens to draft now: as many as make tokens per second the most, by what was measured here and lately.
 
 A step of r rows costs about c0 + c1 * r seconds; a draft of k tokens of which each is accepted with probability a brings
-a + a^2 + ... + a^k tokens. Both laws are fitted to recent steps, older ones fading. A wrong advice costs time, never an answer,
-so the advisor may look at anything, clocks included. Pure arithmetic; knows no sequences.
+a + a^2 + ... + a^k tokens. Both laws are fitted to recent steps, older ones fading. A wrong choice costs time, never an answer,
+so the rule may look at anything, clocks included. Pure arithmetic; knows no sequences.
 """
 
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ class _Line:
         return max(mean_y + self.slope * (x - mean_x), 1e-9)
 
 
-class DraftAdvisor:
-    """Advice for one engine."""
+class GoodputRule:
+    """The rule of one engine: goodput decides the draft length (after SmartSpec)."""
 
     def __init__(self, *, max_tokens: int) -> None:
         assert max_tokens >= 1
