@@ -10,6 +10,7 @@ import ast
 import json
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -81,7 +82,7 @@ def _attribute_docstrings(class_name: str) -> Mapping[str, str]:
     (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     return {
         field.target.id: text.value.value
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
         and isinstance(text, ast.Expr)
