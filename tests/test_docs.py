@@ -1,7 +1,8 @@
-"""The documents say what the code has: commands and flags, links, settings and metrics, parameters of the API, states, messages."""
+"""The documents say what the code has: commands and flags, links, settings and metrics, parameters of the API, states, floors, messages."""
 
 import importlib.util
 import re
+import tomllib
 import typing
 from pathlib import Path
 from types import ModuleType
@@ -133,6 +134,14 @@ def test_state_machines_are_those_of_the_tables() -> None:
         assert drawn
         arrows = set(re.findall(r"(\w+) --> (\w+)", drawn[1]))
         assert arrows == {(start.name, end.name) for start, ends in table.items() for end in ends}
+
+
+def test_floors_are_those_of_the_contracts() -> None:
+    contracts = tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", section(read("docs/architecture.md"), "Rooms and floors"), re.MULTILINE)
+    assert [int(floor) for floor, _ in rows] == list(reversed(range(len(layers))))
+    assert [set(re.findall(r"`(\w+)`", rooms)) for _, rooms in rows] == [set(layer.split(" | ")) for layer in layers]
 
 
 def test_messages_are_listed_by_edge() -> None:
