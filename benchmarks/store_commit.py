@@ -11,16 +11,13 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import shutil
-import socket
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+
+from cluster import redis_server
 
 from spotserve.checkpoint.open import open_store
 from spotserve.checkpoint.store import Commit, Verdict
@@ -75,27 +72,6 @@ def _measure(url: str, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-@contextmanager
-def _redis(folder: Path) -> Iterator[str | None]:
-    binary = shutil.which("redis-server")
-    if binary is None:
-        yield None
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", "--appendonly", "yes"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        try:
-            while server.poll() is None:
-                with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                    break
-                time.sleep(0.05)
-            yield f"redis://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-
-
 def main() -> None:
     """Runs and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,8 +85,9 @@ def main() -> None:
     parser.add_argument("--redis-url", help="a running server; default: start one")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder, _redis(Path(folder)) as started_url:
-        urls = {"sqlite": f"sqlite:///{folder}/progress.db", "redis": args.redis_url or started_url}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder, redis_server(Path(folder)) as redis:
+        redis_url = args.redis_url or (redis.url if redis is not None else None)
+        urls = {"sqlite": f"sqlite:///{folder}/progress.db", "redis": redis_url}
         rows = {name: _measure(url, args) for name, url in urls.items() if url is not None}
     if args.json:
         print(json.dumps({"rows": args.rows, "tokens": args.tokens, "writers": args.writers, "stores": rows}))

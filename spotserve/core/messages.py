@@ -189,7 +189,7 @@ class SequenceOrder(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     action: SequenceAction
     destination_replica_id: str | None
     destination: Address | None
-    """Where its KV goes; None unless `action` is MOVE."""
+    """Where its KV goes, if it is moved; None when nobody takes it."""
     reason: str
 
 
@@ -211,7 +211,8 @@ class Drain(Message, frozen=True):
     deadline_s: float
     orders: tuple[SequenceOrder, ...]
     fallback: SequenceOrder
-    """`request_id` is empty: the verdict on every sequence that the controller had not heard of yet."""
+    """`request_id` is empty: the verdict on every sequence that the controller had not heard of yet. What does not finish in
+    time moves to its destination."""
 
 
 class Undrain(Message, frozen=True):

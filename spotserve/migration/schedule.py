@@ -123,7 +123,7 @@ def fallback(destinations: Sequence[Destination]) -> SequenceOrder:
         request_id="",
         action=SequenceAction.RESUME,
         destination_replica_id=None if freest is None else freest.replica_id,
-        destination=None,
+        destination=None if freest is None else freest.address,
         reason="not known when the drain was decided",
     )
 

@@ -2,13 +2,15 @@
 
 The controller has decided which; this is the order of doing it. First everything that must be computed again is let go, so
 that its next owner starts at once; then KV moves, one sequence at a time, each running until its turn comes; what was to
-finish here and has not done so shortly before the deadline is let go too.
+finish here and has not done so shortly before the deadline moves too, as long as there is time, and else is let go.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+
+import msgspec
 
 from spotserve.core.clock import Clock
 from spotserve.core.errors import WireError
@@ -17,7 +19,10 @@ from spotserve.worker.transfer import Parcel, PeerLinks
 from spotserve.worker.worker import Worker
 
 LEAVE_BEFORE_DEADLINE_S = 0.25
-"""What is still here this long before the deadline is let go, so that it resumes before its machine dies."""
+"""What is still here this long before the deadline leaves, so that it goes on elsewhere before its machine dies."""
+
+LET_GO_BEFORE_DEADLINE_S = 0.1
+"""Nothing is moved from here on: what is left is let go."""
 
 MOVE_TIMEOUT_S = 2.0
 """A peer that has not taken a sequence by then will not."""
@@ -35,9 +40,15 @@ async def carry_out(worker: Worker, drain: Drain, *, secret: str, clock: Clock, 
     try:
         for order in by_action[SequenceAction.MOVE]:
             await _move(worker, order, links, deadline_s=drain.deadline_s, clock=clock, on_moved=on_moved)
+        await _wait_for_the_rest(worker, drain, clock)
+        move_until_s = drain.deadline_s - LET_GO_BEFORE_DEADLINE_S
+        for order in _late(worker, drain.fallback):
+            if order.action is SequenceAction.MOVE and clock.now_s() < move_until_s:
+                await _move(worker, order, links, deadline_s=move_until_s, clock=clock, on_moved=on_moved)
+            else:
+                worker.release(order.request_id, order.reason, order.destination_replica_id)
     finally:
         links.close()
-    await _wait_for_the_rest(worker, drain, clock)
 
 
 def _group(
@@ -72,6 +83,11 @@ async def _move(
 ) -> None:
     assert order.destination is not None, "an order to move names where to"
     assert order.destination_replica_id is not None, "an order to move names the replica"
+    try:
+        await links.open(order.destination, within_s=min(MOVE_TIMEOUT_S, max(0.0, deadline_s - clock.now_s())))
+    except WireError as error:
+        worker.release(order.request_id, f"not moved: {error}", None)
+        return
     parcel = await worker.pack(order.request_id)
     if parcel is None:
         worker.release(order.request_id, "no KV to move", order.destination_replica_id)
@@ -110,8 +126,15 @@ async def _deliver(parcel: Parcel, order: SequenceOrder, links: PeerLinks, withi
 
 
 async def _wait_for_the_rest(worker: Worker, drain: Drain, clock: Clock) -> None:
-    """Until everything has finished, or the deadline is near; then lets go of what is left."""
+    """Until everything has finished, or the deadline is near."""
     while worker.running_requests() and clock.now_s() < drain.deadline_s - LEAVE_BEFORE_DEADLINE_S:
         await asyncio.sleep(min(0.05, max(0.0, drain.deadline_s - LEAVE_BEFORE_DEADLINE_S - clock.now_s())))
-    for request in worker.running_requests():
-        worker.release(request.request_id, "did not finish in time", drain.fallback.destination_replica_id)
+
+
+def _late(worker: Worker, fallback: SequenceOrder) -> list[SequenceOrder]:
+    """Orders for what did not finish: its KV is worth taking along wherever `fallback` names an address."""
+    action = SequenceAction.RESUME if fallback.destination is None else SequenceAction.MOVE
+    return [
+        msgspec.structs.replace(fallback, request_id=request.request_id, action=action, reason="did not finish in time")
+        for request in worker.running_requests()
+    ]

@@ -42,6 +42,18 @@ class PeerLinks:
         self._secret = secret
         self._channels: dict[Address, Channel[HandOverAnswered]] = {}
 
+    async def open(self, destination: Address, *, within_s: float) -> None:
+        """Connects beforehand, so that no sequence has to stand still for it.
+
+        Raises:
+            WireError: the other worker is gone, speaks another language, or did not answer in time.
+        """
+        try:
+            async with asyncio.timeout(within_s):
+                await self._channel(destination)
+        except TimeoutError as error:
+            raise ChannelClosed(f"{destination.host}:{destination.port} did not answer within {within_s:.2f} s") from error
+
     async def deliver(self, parcel: Parcel, destination: Address, *, within_s: float) -> HandOverAnswered:
         """Sends a parcel and waits for the answer, at most `within_s`.
 

@@ -133,7 +133,8 @@ def test_sequences_that_are_computed_again_wait_for_each_other() -> None:
 def test_fallback_goes_where_there_is_room() -> None:
     order = fallback([destination("r-3", free=5), destination("r-2", free=5), destination("r-4", free=1)])
     assert (order.request_id, order.action, order.destination_replica_id) == ("", RESUME, "r-2")
-    assert fallback([]).destination_replica_id is None
+    assert order.destination == Address("r-2", 1), "what does not finish in time is moved there"
+    assert (fallback([]).destination_replica_id, fallback([]).destination) == (None, None)
 
 
 speeds = st.builds(
