@@ -48,10 +48,8 @@ def continue_greedily(model: LlamaForCausalLM, prompt: list[int], num_tokens: in
 @torch.inference_mode()
 def model_proposals(draft: LlamaForCausalLM, tokens: list[int], start: int, draft_tokens: int) -> list[list[int]]:
     """For every position from `start`: the draft's greedy continuation of all before it, `draft_tokens` long."""
-    proposals = []
-    for position in range(start, len(tokens) - draft_tokens):
-        proposals.append(continue_greedily(draft, tokens[:position], draft_tokens))
-    return proposals
+    positions = range(start, len(tokens) - draft_tokens)
+    return [continue_greedily(draft, tokens[:position], draft_tokens) for position in positions]
 
 
 def ngram_proposals(tokens: list[int], start: int, draft_tokens: int) -> list[list[int]]:
@@ -99,9 +97,7 @@ def main() -> None:
         for drafter, proposals in runs.items():
             played = [play(text, PROMPT_TOKENS, each) for text, each in zip(texts, proposals, strict=True)]
             steps, drafted, accepted = (sum(column) for column in zip(*played, strict=True))
-            worths.append(
-                DrafterWorth(drafter, draft_tokens, round(accepted / max(drafted, 1), 3), round(1 + accepted / steps, 2))
-            )
+            worths.append(DrafterWorth(drafter, draft_tokens, round(accepted / max(drafted, 1), 3), round(1 + accepted / steps, 2)))
     print(json.dumps({"held_out_loss": losses, "texts": len(texts), "drafters": [asdict(worth) for worth in worths]}, indent=2))
 
 

@@ -46,6 +46,9 @@ CLAIM_TIMEOUT_S = 1.0
 LINKS_TIMEOUT_S = 2.0
 """How long a gateway that has just started waits for its first worker before it takes a stored call over."""
 
+RETRY_RELEASED_S = 0.1
+"""Pause before a replica that let go of a sequence is asked again, when there is no other."""
+
 KEEP_DELIVERED_S = 10.0
 """How long a delivered answer stays in memory."""
 
@@ -76,9 +79,11 @@ class Relay:
         self._calls: dict[str, Call] = {}
         self._transcripts: dict[str, Transcript] = {}
         self._claims: dict[str, _Claiming] = {}
-        self._take_overs: dict[str, asyncio.Task[bool]] = {}
-        self._recovering: set[str] = set()
-        """Sequences for which the store is being asked what it knows."""
+        self._take_overs: dict[str, asyncio.Task[Call | None]] = {}
+        self._held: set[str] = set()
+        """Sequences whose progress is being looked for: they are dispatched when it is known."""
+        self._strangers: dict[str, asyncio.TimerHandle] = {}
+        """Sequences of an earlier gateway of this name that workers still run, and when they are given up."""
         self._readers: Counter[str] = Counter()
         """Connections that read each call's answer."""
         self._unread: dict[str, asyncio.TimerHandle] = {}
@@ -123,16 +128,15 @@ class Relay:
         Raises:
             StoreError: it is not one of this gateway's and the store is out of reach.
         """
-        if call_id not in self._calls:
-            taking = self._take_overs.get(call_id)
-            if taking is None:
-                taking = self._take_overs[call_id] = asyncio.create_task(self._take_over(call_id))
-                taking.add_done_callback(lambda _: self._take_overs.pop(call_id))
-            if not await asyncio.shield(taking):
-                return None
-        call = self._calls[call_id]
         self._start_reading(call_id)
-        return call, self._streams(call)
+        call = self._calls.get(call_id)
+        try:
+            if call is None:  # the task ends well even when this reader leaves meanwhile
+                call = await asyncio.shield(self._taking_over(call_id))
+        finally:
+            if call is None:
+                self.detach(call_id)
+        return (call, self._streams(call)) if call is not None else None
 
     def cancel(self, request_id: str) -> None:
         """No more tokens of this sequence are wanted."""
@@ -175,9 +179,12 @@ class Relay:
 
     async def close(self) -> None:
         """Hangs up on all workers; they go on, for a gateway that comes back."""
-        for task in self._tasks:
+        for timer in (*self._unread.values(), *self._strangers.values()):
+            timer.cancel()
+        tasks = (*self._tasks, *self._take_overs.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._links.close()
 
     # ------------------------------------------------------------------ dispatching
@@ -185,8 +192,6 @@ class Relay:
     def _dispatch(self, transcript: Transcript, *, prefer: str | None = None, exclude: frozenset[str] = frozenset()) -> None:
         """Gives a sequence to a replica; it waits when none serves."""
         route = pick(self._links.connected(self._table.replicas), self._load(), exclude=exclude, prefer=prefer)
-        if route is None and exclude:
-            route = pick(self._links.connected(self._table.replicas), self._load())
         if route is None:
             return
         if transcript.interruption is not None:
@@ -200,11 +205,11 @@ class Relay:
         try:
             self._links.send(route.replica_id, submit)
         except ChannelClosed:
-            transcript.suspend(f"{route.replica_id} was lost")  # its loss is on the way to `_on_lost`, which dispatches again
+            log.debug("%s is closing: what it owns is on the way to `_on_lost`", route.replica_id)
 
     def _dispatch_waiting(self) -> None:
         for transcript in tuple(self._transcripts.values()):
-            if transcript.is_waiting and transcript.request_id not in self._recovering:
+            if transcript.is_waiting and transcript.request_id not in self._held:
                 self._dispatch(transcript)
 
     def _load(self) -> dict[str, int]:
@@ -236,24 +241,23 @@ class Relay:
                 for delta in reply.deltas:
                     self._on_delta(replica_id, delta)
             case Moved():
-                transcript = self._transcripts.get(reply.request_id)
-                if transcript is not None and not transcript.is_finished and reply.epoch > transcript.epoch:
-                    transcript.owned_by(reply.destination_replica_id, reply.epoch)
+                self._on_moved(reply)
             case Released():
                 self._on_released(replica_id, reply)
             case ClaimAnswered():
-                claiming = self._claims.get(reply.request_id)
-                if claiming is not None:
-                    claiming.answer(replica_id, reply.found)
+                if not reply.found:
+                    self._note_claim(reply.request_id, replica_id)
 
     def _on_delta(self, replica_id: str, delta: TokenDelta) -> None:
         transcript = self._transcripts.get(delta.request_id)
-        if transcript is None or transcript.is_finished:
+        if transcript is None:
+            if delta.finish_reason is None:
+                self._note_stranger(replica_id, delta)
+            return
+        if transcript.is_finished or delta.epoch < transcript.epoch:
             if delta.finish_reason is None:
                 self._tell(replica_id, Cancel(request_id=delta.request_id, epoch=delta.epoch))
-            return
-        if delta.epoch < transcript.epoch:
-            self._tell(replica_id, Cancel(request_id=delta.request_id, epoch=delta.epoch))
+            self._note_claim(delta.request_id, replica_id)
             return
         if delta.epoch > transcript.epoch or transcript.owner != replica_id:
             transcript.owned_by(replica_id, delta.epoch)
@@ -265,6 +269,34 @@ class Relay:
         self._metrics.output_tokens.inc(transcript.extend(delta))
         if transcript.finish_reason is not None:
             self._note_finished(transcript)
+        self._note_claim(delta.request_id, replica_id)
+
+    def _note_stranger(self, replica_id: str, delta: TokenDelta) -> None:
+        """A sequence that this gateway does not know runs for it: its client may still come back, but not for ever."""
+        if delta.request_id not in self._strangers:
+            cancel = Cancel(request_id=delta.request_id, epoch=delta.epoch)
+            give_up = asyncio.get_running_loop().call_later(
+                self._settings.detach_grace_s, self._cancel_stranger, replica_id, cancel
+            )
+            self._strangers[delta.request_id] = give_up
+
+    def _cancel_stranger(self, replica_id: str, cancel: Cancel) -> None:
+        del self._strangers[cancel.request_id]
+        if cancel.request_id not in self._transcripts:
+            self._tell(replica_id, cancel)
+
+    def _note_claim(self, request_id: str, replica_id: str) -> None:
+        claiming = self._claims.get(request_id)
+        if claiming is not None:
+            claiming.answered_by(replica_id, found=not self._transcripts[request_id].is_waiting)
+
+    def _on_moved(self, moved: Moved) -> None:
+        transcript = self._transcripts.get(moved.request_id)
+        if transcript is None or transcript.is_finished or moved.epoch <= transcript.epoch:
+            return
+        transcript.owned_by(moved.destination_replica_id, moved.epoch)
+        if moved.destination_replica_id not in self._links.connected_ids():
+            self._on_lost(moved.destination_replica_id)  # it may have died before the move was heard of: nobody would say so again
 
     def _on_released(self, replica_id: str, released: Released) -> None:
         transcript = self._transcripts.get(released.request_id)
@@ -272,6 +304,8 @@ class Relay:
             return
         transcript.suspend(released.reason)
         self._dispatch(transcript, prefer=released.destination_replica_id, exclude=frozenset({replica_id}))
+        if transcript.is_waiting:
+            asyncio.get_running_loop().call_later(RETRY_RELEASED_S, self._dispatch_waiting)
 
     def _on_lost(self, replica_id: str) -> None:
         """A replica's connection ended: everything it owned goes on elsewhere."""
@@ -280,9 +314,11 @@ class Relay:
         ]
         for transcript in orphans:
             transcript.suspend(f"{replica_id} was lost")
+            self._held.add(transcript.request_id)
+        for request_id in self._claims:
+            self._note_claim(request_id, replica_id)
         if orphans:
             log.info("%s is lost; %d sequences resume elsewhere", replica_id, len(orphans))
-            self._recovering.update(transcript.request_id for transcript in orphans)
             self._start_task(self._recover(orphans))
 
     async def _recover(self, orphans: list[Transcript]) -> None:
@@ -293,7 +329,7 @@ class Relay:
             log.warning("resuming from transcripts alone: %s", error)
             stored = {}
         for transcript in orphans:
-            self._recovering.discard(transcript.request_id)
+            self._held.discard(transcript.request_id)
             progress = stored.get(transcript.request_id)
             if progress is not None and transcript.is_waiting:
                 transcript.extend_from_store(progress.token_ids, progress.finish_reason)
@@ -304,37 +340,55 @@ class Relay:
 
     # ------------------------------------------------------------------ calls of a gateway that is gone
 
-    async def _take_over(self, call_id: str) -> bool:
-        """Makes a stored call this gateway's: from the worker that runs it, else from the store. False: nobody knows it."""
+    def _taking_over(self, call_id: str) -> "asyncio.Task[Call | None]":
+        """The one task that takes this call over, however many readers come back to it at once."""
+        task = self._take_overs.get(call_id)
+        if task is None:
+            task = asyncio.create_task(self._take_over(call_id), name=f"take over {call_id}")
+            self._take_overs[call_id] = task
+            task.add_done_callback(lambda _: self._take_overs.pop(call_id))
+        return task
+
+    async def _take_over(self, call_id: str) -> Call | None:
+        """Makes a stored call this gateway's: from the worker that runs it, else from the store; None when nobody knows it."""
         record = await self._store.get_call(call_id)
         if record is None:
-            return False
+            return None
         call = msgspec.msgpack.decode(record, type=Call)
-        await self._links.wait_for_any(LINKS_TIMEOUT_S)
         request_ids = [request.request_id for request in call.requests]
+        await self._links.wait_for_any(LINKS_TIMEOUT_S)
         stored = await self._store.load(request_ids)
-        claiming = [_Claiming(request_id, self._links.connected_ids()) for request_id in request_ids]
-        for request, claim in zip(call.requests, claiming, strict=True):
-            progress = stored.get(request.request_id)
+        for request in call.requests:
             transcript = Transcript(request)
+            progress = stored.get(request.request_id)
             transcript.suspend_unseen(progress.epoch if progress is not None else 0)
             if progress is not None:
                 transcript.extend_from_store(progress.token_ids, progress.finish_reason)
             self._transcripts[request.request_id] = transcript
-            self._claims[request.request_id] = claim
-            for replica_id in self._links.connected_ids():
-                self._tell(replica_id, Claim(request_id=request.request_id))
+        self._held.update(request_ids)
+        await self._claim([request_id for request_id in request_ids if self._transcripts[request_id].is_waiting])
+        self._held.difference_update(request_ids)
+        self._calls[call_id] = call
+        if self._readers[call_id] == 0:
+            self._start_reading(call_id)
+            self.detach(call_id)
+        self._dispatch_waiting()
+        return call
+
+    async def _claim(self, request_ids: list[str]) -> None:
+        """Asks every worker for these sequences; returns when each has an owner or no worker has it."""
+        claiming = {request_id: _Claiming(self._links.connected_ids()) for request_id in request_ids}
+        self._claims.update(claiming)
+        for replica_id in self._links.connected_ids():
+            for request_id in request_ids:
+                self._tell(replica_id, Claim(request_id=request_id))
         try:
-            await asyncio.wait_for(asyncio.gather(*(claim.settled for claim in claiming)), CLAIM_TIMEOUT_S)
+            async with asyncio.timeout(CLAIM_TIMEOUT_S):
+                await asyncio.gather(*(claim.settled for claim in claiming.values()))
         except TimeoutError:
-            log.warning("not every worker said whether it runs %s", call.call_id)
+            log.warning("not every worker said whether it runs %s", ", ".join(request_ids))
         for request_id in request_ids:
             del self._claims[request_id]
-            transcript = self._transcripts[request_id]
-            if transcript.is_waiting:
-                self._dispatch(transcript)
-        self._calls[call.call_id] = call
-        return True
 
     async def _keep_record(self, call: Call) -> None:
         try:
@@ -363,7 +417,8 @@ class Relay:
     def _forget(self, call_id: str) -> None:
         """Nobody came back: what still runs is cancelled, and the memory of the call is dropped (the store keeps it longer)."""
         del self._unread[call_id]
-        for request in self._calls.pop(call_id).requests:
+        call = self._calls.pop(call_id, None)
+        for request in call.requests if call is not None else ():
             self.cancel(request.request_id)
             del self._transcripts[request.request_id]
 
@@ -385,15 +440,15 @@ class Relay:
 
 
 class _Claiming:
-    """Collects the answers to one `Claim`; settled when one worker has the sequence or all have said no."""
+    """Waits for the answers to one `Claim`: a refusal, or the progress itself. Settled when one worker turned out to own the
+    sequence or all have answered."""
 
-    def __init__(self, request_id: str, replica_ids: list[str]) -> None:
-        self.request_id = request_id
+    def __init__(self, replica_ids: list[str]) -> None:
         self._open = set(replica_ids)
         self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settle_if(not self._open)
 
-    def answer(self, replica_id: str, found: bool) -> None:
+    def answered_by(self, replica_id: str, *, found: bool) -> None:
         self._open.discard(replica_id)
         self._settle_if(found or not self._open)
 

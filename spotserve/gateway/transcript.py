@@ -73,7 +73,7 @@ class Transcript:
     def extend(self, delta: TokenDelta) -> int:
         """Takes over what is new; returns how many tokens were."""
         known = len(self.token_ids) - delta.position
-        if known < 0 or (known >= len(delta.token_ids) and delta.finish_reason is None):
+        if self.is_finished or known < 0 or (known >= len(delta.token_ids) and delta.finish_reason is None):
             return 0
         new = TokenDelta(
             request_id=delta.request_id,

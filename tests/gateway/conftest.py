@@ -79,3 +79,8 @@ def source_of(tokenizer: Tokenizer) -> Iterator[Callable[..., ScriptedSource]]:
     yield build
     for source in built:
         assert sorted(source.attached) == sorted(source.detached + source.released)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
