@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -227,7 +228,8 @@ def demo(
     Ends with exit code 0 only when no request was lost and no token altered.
     """
     with _own_cluster(port, instances) as (url, secret):
-        raise typer.Exit(run_demo(url, secret, out, console))
+        exit_code = run_demo(url, secret, out, console)
+    raise typer.Exit(exit_code)
 
 
 @app.command()
@@ -276,12 +278,13 @@ def replay(
         options = ReplayOptions(
             url=url, secret=secret, out=out, requests=requests, capacity=capacity, scaling=scaling, reference=reference
         )
-        raise typer.Exit(run_replay(options, console))
+        exit_code = run_replay(options, console)
+    raise typer.Exit(exit_code)
 
 
 @contextlib.contextmanager
 def _own_cluster(port: int, instances: int) -> Iterator[tuple[str, str]]:
-    """A local cluster for as long as it is needed; its URL and secret."""
+    """A local cluster for as long as it is needed; its URL and secret. Its folder, logs included, is left only when it failed."""
     port = port or _free_port()
     arguments = ["up", "--port", str(port), "--instances", str(instances)]
     url = _start_in_background(port, arguments)
@@ -289,6 +292,7 @@ def _own_cluster(port: int, instances: int) -> Iterator[tuple[str, str]]:
         yield url, _secret_of(url)
     finally:
         _stop(url)
+    shutil.rmtree(_folder_of(url).path)
 
 
 def _free_port() -> int:
