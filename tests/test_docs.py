@@ -1,4 +1,4 @@
-"""The documents and the code say the same: verbs, flags, links, settings, metrics, parameters, states, floors, messages."""
+"""The documents say what the code has: commands, links, settings, metrics, parameters of the API, states, floors, messages."""
 
 import importlib.util
 import re
