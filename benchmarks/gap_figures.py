@@ -4,7 +4,7 @@ All times are on the one clock that every process of a machine shares. Pure.
 """
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from spotserve.replay.record import FleetEvent, RequestRecord
 
 WITH_NOTICE, WITHOUT_NOTICE = "with notice", "without notice"
-AFTERMATH_S = 2.0
-"""A sequence's wait is over by then after it was interrupted: later gaps are not this preemption's."""
+AROUND_S = 0.25
+"""A gap belongs to an interruption when it overlaps its time, by the event log, by at most this much before or after: further
+away it would be found as well had nothing been taken."""
 NOTICE_HISTOGRAM = "spotserve_notice_to_published_seconds"
 
 
@@ -94,10 +95,12 @@ def around(preemption: Preemption, gaps: Sequence[Gap], events: Sequence[FleetEv
     """What clients saw of one preemption."""
     span = preemption.disturbed
     interruptions = [event for event in events if event.kind in ("moved", "resumed") and span.start_s <= event.time_s <= span.end_s]
-    waits_s = {_call_id(event): Span(span.start_s, event.time_s + AFTERMATH_S) for event in interruptions}
-    seen = [gap for gap in gaps if gap.call_id in waits_s and waits_s[gap.call_id].overlaps(gap.start_s, gap.end_s)]
+    waits: defaultdict[str, list[Span]] = defaultdict(list)
+    for event in interruptions:
+        waits[_call_id(event)].append(_around_event(event))
+    seen = [gap for gap in gaps if any(wait.overlaps(gap.start_s, gap.end_s) for wait in waits.get(gap.call_id, ()))]
     bystanders = [
-        gap.length_s for gap in gaps if gap.call_id not in waits_s and not gap.is_first and span.overlaps(gap.start_s, gap.end_s)
+        gap.length_s for gap in gaps if gap.call_id not in waits and not gap.is_first and span.overlaps(gap.start_s, gap.end_s)
     ]
     longest = max(seen, key=lambda gap: gap.length_s, default=None)
     cause = next((event for event in reversed(interruptions) if longest is not None and _call_id(event) == longest.call_id), None)
@@ -112,6 +115,13 @@ def around(preemption: Preemption, gaps: Sequence[Gap], events: Sequence[FleetEv
         "longest_gap_event": None if cause is None else {"kind": cause.kind, "time_s": cause.time_s, **cause.details},
         "bystanders_longest_gap_s": max(bystanders, default=None),
     }
+
+
+def _around_event(event: FleetEvent) -> Span:
+    """When a sequence was interrupted: a hand-over is logged at its end, with how long it took."""
+    took_s = event.details.get("seconds", 0.0)
+    assert isinstance(took_s, int | float)
+    return Span(event.time_s - took_s - AROUND_S, event.time_s + AROUND_S)
 
 
 def _call_id(event: FleetEvent) -> str:

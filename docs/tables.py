@@ -21,20 +21,6 @@ from spotserve.metrics import Metrics
 
 PAGE = Path(__file__).with_name("operate.md")
 
-PLAIN_MEANINGS: Mapping[str, str] = {
-    "engine.dtype": "What the engine computes in; files in another dtype are converted.",
-    "gateway.max_body_bytes": "A larger request body gets 413.",
-    "controller.host": "Where the controller listens for workers and gateways.",
-    "controller.pipeline": "Stages of a replica (P). This version runs 1.",
-    "controller.tensor": "Shards of a stage (M). This version runs 1.",
-    "worker.heartbeat_s": "Time between two heartbeats.",
-    "store.timeout_s": "How long one call to the store may take.",
-    "cloud.instances": "Instances at the start.",
-    "cloud.zones": "Zones that instances are spread over, in turn.",
-    "cloud.on_demand_usd_per_hour": "Price of an on-demand instance in reports, from the same source.",
-}
-"""Settings whose name says enough for readers of `config.py`, and not for readers of a table."""
-
 
 def settings_table() -> str:
     """One row per setting: section and name, environment variable, default, meaning."""
@@ -46,7 +32,7 @@ def settings_table() -> str:
         written = _attribute_docstrings(kind.__name__)
         for name, field in kind.model_fields.items():
             key = f"{section}.{name}"
-            meaning = written.get(name) or PLAIN_MEANINGS[key]
+            meaning = written[name]
             variable = f"SPOTSERVE_{section}__{name}".upper()
             rows.append(f"| `{key}` | `{variable}` | {_default(key, field.default)} | {_cell(meaning)} |")
     return "\n".join(rows)

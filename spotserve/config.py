@@ -31,6 +31,7 @@ class EngineSettings(Section):
     served_name: str | None = None
     """What clients call the model; None: the last part of `model`."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """What the engine computes in; weights in another dtype are converted."""
     max_batch: int = Field(32, ge=1)
     """Sequences that run at once."""
     max_step_tokens: int = Field(256, ge=16)
@@ -62,8 +63,9 @@ class GatewaySettings(Section):
     api_key: str | None = None
     """What clients must send as `Authorization: Bearer`; None: anyone who reaches the port is served."""
     max_queued: int = Field(1024, ge=1)
-    """Requests that may wait for a replica before new ones get 429."""
+    """Sequences beyond what the replicas run at once that may wait before new calls get 429."""
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
+    """A larger request body gets 413."""
     detach_grace_s: float = Field(10.0, ge=0)
     """How long a streamed request goes on after its client left, for it to come back."""
     keep_alive_s: float = Field(10.0, gt=0)
@@ -74,18 +76,22 @@ class ControllerSettings(Section):
     """Deciding."""
 
     host: str = "127.0.0.1"
+    """Where the controller listens for workers and gateways."""
     port: int = Field(0, ge=0, le=65535)
-    """Where workers and gateways connect; 0: any free port."""
+    """Its port; 0: any free one."""
     data: int | None = Field(None, ge=1)
     """Replicas wanted; None: as many as the devices allow."""
     pipeline: int = Field(1, ge=1)
+    """Stages of a replica (P). This version runs 1."""
     tensor: int = Field(1, ge=1)
+    """Shards of a stage (M). This version runs 1."""
 
 
 class WorkerSettings(Section):
     """One instance."""
 
     heartbeat_s: float = Field(0.25, gt=0)
+    """Time between two heartbeats."""
     orphan_s: float = Field(60.0, gt=0)
     """How long a worker without a controller goes on before it leaves."""
     keep_finished_s: float = Field(30.0, gt=0)
@@ -103,18 +109,22 @@ class StoreSettings(Section):
     max_bytes: int = Field(2**30, ge=2**20)
     """Oldest progress goes first beyond this. SQLite only: Redis has `maxmemory` with `maxmemory-policy volatile-ttl`."""
     timeout_s: float = Field(2.0, gt=0)
+    """How long one call to the store may take."""
 
 
 class LocalCloudSettings(Section):
     """The cloud that `spotserve up` plays on one machine."""
 
     instances: int = Field(2, ge=1, le=256)
+    """Instances at the start."""
     restock_s: float | None = Field(2.0, ge=0)
     """Time until a taken instance's place goes to a new one; None: never (a trace drives the fleet)."""
     zones: tuple[str, ...] = ("local-a", "local-b")
+    """Zones that instances are spread over, in turn."""
     spot_usd_per_hour: float = 1.9046
     """Price of a spot instance in reports: AWS g4dn.12xlarge as in the SpotServe paper (ASPLOS'24, section 6.1)."""
     on_demand_usd_per_hour: float = 3.912
+    """Price of an on-demand instance in reports, from the same source."""
 
 
 class Settings(BaseSettings):

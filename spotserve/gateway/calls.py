@@ -91,6 +91,9 @@ class TokenSource(Protocol):
     def cancel(self, request_id: str) -> None:
         """No more tokens of this request are wanted. Harmless when it has ended, or was cancelled before."""
 
+    def withdraw(self, call_id: str) -> None:
+        """The caller does not want this call (which it has just attached to) any more, nor its record."""
+
     def detach(self, call_id: str) -> None:
         """One reader left; if it was the last, the source cancels the call after its grace unless it is re-attached."""
 

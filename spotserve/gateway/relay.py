@@ -17,7 +17,7 @@ import msgspec
 from spotserve.checkpoint.store import Store
 from spotserve.config import GatewaySettings
 from spotserve.core.clock import Clock
-from spotserve.core.cluster import RequestState
+from spotserve.core.cluster import ReplicaState, RequestState
 from spotserve.core.errors import ChannelClosed, Overloaded, StoreError
 from spotserve.core.messages import (
     Cancel,
@@ -110,9 +110,10 @@ class Relay:
         Raises:
             Overloaded: too many sequences wait already.
         """
-        queued = sum(transcript.state is RequestState.QUEUED for transcript in self._transcripts.values())
-        if queued + len(call.requests) > self._settings.max_queued:
-            raise Overloaded(f"{queued} requests are waiting already", retry_after_s=1.0)
+        unfinished = sum(not transcript.is_finished for transcript in self._transcripts.values())
+        capacity = sum(route.max_batch for route in self._table.replicas if route.state is ReplicaState.SERVING)
+        if unfinished + len(call.requests) > capacity + self._settings.max_queued:
+            raise Overloaded(f"{unfinished - capacity} sequences wait for a place already", retry_after_s=1.0)
         self._start_task(self._keep_record(call))
         self._calls[call.call_id] = call
         for request in call.requests:
@@ -146,6 +147,13 @@ class Relay:
         self._tell_owner(transcript, Cancel(request_id=request_id, epoch=transcript.epoch))
         transcript.finish_early(FinishReason.CANCELLED)
         self._note_finished(transcript)
+
+    def withdraw(self, call_id: str) -> None:
+        """The caller does not want the call any more: it is cancelled, and the store forgets it."""
+        request_ids = [request.request_id for request in self._calls[call_id].requests]
+        for request_id in request_ids:
+            self.cancel(request_id)
+        self._start_task(self._forget_record(call_id, request_ids))
 
     def detach(self, call_id: str) -> None:
         """The client left: when no other connection reads the call, it is cancelled after a grace, unless the client comes back."""
@@ -389,6 +397,12 @@ class Relay:
             log.warning("not every worker said whether it runs %s", ", ".join(request_ids))
         for request_id in request_ids:
             del self._claims[request_id]
+
+    async def _forget_record(self, call_id: str, request_ids: list[str]) -> None:
+        try:
+            await self._store.delete_call(call_id, request_ids)
+        except StoreError as error:
+            log.warning("%s stays in the store until its time is over: %s", call_id, error)
 
     async def _keep_record(self, call: Call) -> None:
         try:

@@ -125,8 +125,7 @@ class Routes:
         found = await self._source.reattach(call_id)
         if found is None:
             return _unknown_call(call_id)
-        for one in found[0].requests:
-            self._source.cancel(one.request_id)
+        self._source.withdraw(call_id)
         self._source.detach(call_id)
         return JSONResponse({"id": call_id, "object": "request.deleted", "deleted": True})
 

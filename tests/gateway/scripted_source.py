@@ -139,6 +139,10 @@ class ScriptedSource:
         self._waiting.setdefault(request_id, asyncio.Event()).set()
         self.changed.set()
 
+    def withdraw(self, call_id: str) -> None:
+        for one in self.calls[call_id].requests:
+            self.cancel(one.request_id)
+
     def detach(self, call_id: str) -> None:
         self.detached.append(call_id)
         self.changed.set()
