@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from spotserve.config import load_settings
@@ -45,7 +46,7 @@ def main() -> None:
     try:
         app()
     except SpotServeError as error:
-        errors.print(f"[red]error:[/] {error}", highlight=False)
+        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -65,6 +66,7 @@ def up(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Sequences that one replica runs at once.")] = None,
     restock: Annotated[float | None, typer.Option(help="Seconds until a taken instance's place goes to a new one.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags and environment go before it.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once the system serves; `spotserve down` ends it.")] = False,
 ) -> None:
     """Start a local cluster: gateway and controller in this process, every instance a worker process.
@@ -74,6 +76,8 @@ def up(
         curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
              -d '{"model": "spotserve-demo", "prompt": "def fibonacci(n):", "max_tokens": 32}'
     """
+    if config is not None:
+        os.environ["SPOTSERVE_CONFIG"] = str(config)
     data, pipeline, tensor = _parse_parallel(parallel)
     sections: dict[str, dict[str, object]] = {
         "engine": {"model": model, "speculation": speculation, "dtype": dtype, "max_batch": max_batch},
@@ -122,10 +126,22 @@ def _start_in_background(port: int, arguments: list[str]) -> str:
     with console.status("starting a local cluster ..."):
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not _answers(f"{url}/health/ready"):
-            if process.poll() is not None or time.monotonic() > deadline_s:
-                raise SpotServeError(f"the system did not start; see {log_path}")
+            problem = _start_problem(url)
+            if process.poll() is None and (problem or time.monotonic() > deadline_s):
+                _stop(url)
+            if process.poll() is not None:
+                reason = problem or log_path.read_text().strip().rpartition("\n")[2].removeprefix("error: ")
+                raise SpotServeError(f"the system did not start: {reason}; see {log_path.parent}")
             time.sleep(0.1)
     return url
+
+
+def _start_problem(url: str) -> str | None:
+    """Why no replica will come up; None while one still may."""
+    if not _answers(f"{url}/health/live"):
+        return None
+    failed = [event for event in _get(url, "/admin/events")["events"] if event["kind"] == "failed"]
+    return str(failed[0]["reason"]) if failed else None
 
 
 def _answers(url: str) -> bool:
@@ -251,6 +267,8 @@ def replay(
     start: Annotated[float, typer.Option(help="Seconds of the trace to leave out at its beginning.")] = 0.0,
     duration: Annotated[float | None, typer.Option(help="Seconds of the trace to play; none: all.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses victims, notices and prompts.")] = 0,
+    dtype: Annotated[str, typer.Option(help="What the system computes in: says how near a near tie is.")] = "float32",
+    api_key: Annotated[str | None, typer.Option(envvar="SPOTSERVE_API_KEY", help="Key of the gateway, if it wants one.")] = None,
     reference: Annotated[bool, typer.Option(help="Answer every request once more, undisturbed, and compare the tokens.")] = True,
 ) -> None:
     """Play traces of machines and requests against a running system, and report what clients saw.
@@ -276,7 +294,15 @@ def replay(
         else:
             secret = _secret_of(url)
         options = ReplayOptions(
-            url=url, secret=secret, out=out, requests=requests, capacity=capacity, scaling=scaling, reference=reference
+            url=url,
+            secret=secret,
+            out=out,
+            requests=requests,
+            capacity=capacity,
+            scaling=scaling,
+            reference=reference,
+            dtype=dtype,
+            api_key=api_key,
         )
         exit_code = run_replay(options, console)
     raise typer.Exit(exit_code)
