@@ -86,12 +86,13 @@ class Channel(Generic[Inbound]):
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if length > MAX_FRAME_BYTES:
+                self.close()
                 raise WireError(f"{self.peer} announced a frame of {length} bytes, at most {MAX_FRAME_BYTES} are accepted")
             return self._decoder.decode(await self._reader.readexactly(length))
         except (asyncio.IncompleteReadError, OSError) as error:
             self.close()
             raise ChannelClosed(f"{self.peer} closed the channel") from error
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, AssertionError) as error:  # a value that its own constructor refuses is no message either
             self.close()
             raise WireError(f"{self.peer} sent something that is no message of this channel: {error}") from error
 

@@ -226,8 +226,10 @@ def _kill(pid: int) -> None:
 
 
 def _is_worker(pid: int, instance_id: str) -> bool:
-    """Whether the process is still the worker of this instance, and not another that was given its number."""
+    """Whether the process is still the worker of this instance: neither another that was given its number, nor its remains,
+    which stay until somebody asks for the exit code."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip() == process_name(instance_id)
+        before, _, after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")  # PID (NAME) STATE ...
     except (FileNotFoundError, ProcessLookupError):
         return False
+    return before.partition("(")[2] == process_name(instance_id) and after.split()[0] != "Z"

@@ -6,6 +6,7 @@ When the nursery itself dies, its workers live on; it is started again when the 
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -26,6 +27,14 @@ class _Line(msgspec.Struct, frozen=True):
     exit_code: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Child:
+    """A worker that was born; it may be dead before whoever wanted it hears of its birth."""
+
+    pid: int
+    exit_code: asyncio.Future[int]
+
+
 class NurseryProcess:
     """Client of a process that is started as `command` with `environment`."""
 
@@ -35,8 +44,8 @@ class NurseryProcess:
         self._log_path = log_path
         self._process: asyncio.subprocess.Process | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._births: dict[str, asyncio.Future[int]] = {}
-        self._on_exit: dict[int, Callable[[int, int], None]] = {}
+        self._births: dict[str, asyncio.Future[_Child]] = {}
+        self._exits: dict[int, asyncio.Future[int]] = {}
         self._starting = asyncio.Lock()
 
     async def start(self, options: object, instance_id: str, log_path: Path, on_exit: Callable[[int, int], None]) -> int:
@@ -46,19 +55,19 @@ class NurseryProcess:
             CloudError: the nursery could not be started or did not answer.
         """
         order = msgspec.json.encode({"options": options, "log": str(log_path)}) + b"\n"
-        birth: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._births[instance_id] = birth
+        birth: asyncio.Future[_Child] = asyncio.get_running_loop().create_future()
         try:
             process = await self._running()
             assert process.stdin is not None
+            self._births[instance_id] = birth
             process.stdin.write(order)
-            pid = await asyncio.wait_for(birth, START_TIMEOUT_S)
+            child = await asyncio.wait_for(birth, START_TIMEOUT_S)
         except (OSError, TimeoutError) as error:
             raise CloudError(f"{instance_id} could not be started: {error or 'no answer'}; see {self._log_path}") from error
         finally:
             self._births.pop(instance_id, None)
-        self._on_exit[pid] = on_exit
-        return pid
+        child.exit_code.add_done_callback(lambda exit_code: on_exit(child.pid, exit_code.result()))
+        return child.pid
 
     async def close(self) -> None:
         """Ends the nursery; its workers go on."""
@@ -71,6 +80,8 @@ class NurseryProcess:
     async def _running(self) -> asyncio.subprocess.Process:
         async with self._starting:
             if self._process is None or self._process.returncode is not None:
+                if self._reading is not None:
+                    await self._reading  # it still has births of the old one to fail
                 with self._log_path.open("ab") as log_file:
                     self._process = await asyncio.create_subprocess_exec(
                         *self._command,
@@ -86,13 +97,18 @@ class NurseryProcess:
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         async for text in process.stdout:
-            line = msgspec.json.decode(text, type=_Line)
+            try:
+                line = msgspec.json.decode(text, type=_Line)
+            except msgspec.DecodeError:
+                log.warning("the nursery said %r", text)  # a library that prints, say
+                continue
             if line.instance_id is not None:
                 birth = self._births.get(line.instance_id)
                 if birth is not None and not birth.done():
-                    birth.set_result(line.pid)
-            elif line.exit_code is not None and (on_exit := self._on_exit.pop(line.pid, None)) is not None:
-                on_exit(line.pid, line.exit_code)
+                    self._exits[line.pid] = asyncio.get_running_loop().create_future()
+                    birth.set_result(_Child(line.pid, self._exits[line.pid]))
+            elif line.exit_code is not None and (exit_code := self._exits.pop(line.pid, None)) is not None:
+                exit_code.set_result(line.exit_code)
         await process.wait()
         for birth in self._births.values():
             if not birth.done():

@@ -113,7 +113,7 @@ def create_router(
     async def read_decisions(limit: int = 100) -> dict[str, Any]:
         """The newest decisions, newest last."""
         kept = list(controller.state.decisions)
-        return {"decisions": [asdict(decision) for decision in kept[-max(0, limit) :]]}
+        return {"decisions": [asdict(decision) for decision in kept[len(kept) - min(len(kept), max(0, limit)) :]]}
 
     @router.get("/admin/events", dependencies=lever)
     async def read_events(after: int = 0) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def create_router(
         return {"instance": instance}
 
     @router.post("/admin/restock", dependencies=lever)
-    async def restock(seconds: Annotated[float | None, Body(embed=True, ge=0)]) -> dict[str, Any]:
+    async def restock(seconds: Annotated[float | None, Body(embed=True, ge=0, allow_inf_nan=False)]) -> dict[str, Any]:
         """After how long a taken instance is replaced; null: never."""
         cloud.restock_s = seconds
         return {"seconds": seconds}

@@ -66,6 +66,8 @@ class WorkerProcess:
         self._controller: Channel[WorkerCommand] | None = None
         self._active: Activate | None = None
         self._thread: EngineThread | None = None
+        self._loading = asyncio.Lock()
+        """Held while weights are loaded: an instance may be told of another replica meanwhile."""
         self._drain: asyncio.Task[None] | None = None
         self._jobs: set[asyncio.Task[None]] = set()
         self.address = Address("", 0)
@@ -196,8 +198,9 @@ class WorkerProcess:
         problem = None
         if activate.replica.parallel.num_slots > 1:
             problem = "this engine runs replicas of one stage and one shard"
-        elif self._thread is None:
-            problem = await self._load(activate)
+        else:
+            async with self._loading:
+                problem = await self._load(activate) if self._thread is None else None
         if problem is not None:
             self._report(
                 ReplicaFailed(

@@ -84,23 +84,21 @@ async def _move(
     assert order.destination is not None, "an order to move names where to"
     assert order.destination_replica_id is not None, "an order to move names the replica"
     try:
-        await links.open(order.destination, within_s=min(MOVE_TIMEOUT_S, max(0.0, deadline_s - clock.now_s())))
+        await links.open(order.destination, within_s=_time_left_s(deadline_s, clock))
     except WireError as error:
         worker.release(order.request_id, f"not moved: {error}", None)
         return
-    parcel = await worker.pack(order.request_id)
-    if parcel is None:
-        worker.release(order.request_id, "no KV to move", order.destination_replica_id)
-        return
+    parcel = None
     refusal: str | None = "the drain was called off"
     started_s = time.perf_counter()
     try:
-        refusal = await _deliver(parcel, order, links, min(MOVE_TIMEOUT_S, deadline_s - clock.now_s()))
+        parcel = await worker.pack(order.request_id)
+        refusal = "it has ended" if parcel is None else await _deliver(parcel, order, links, _time_left_s(deadline_s, clock))
     finally:
         if refusal is not None:  # the sequence has left the engine: whatever went wrong, it must not be stranded here
             log.info("%s was not moved: %s", order.request_id, refusal)
             worker.release(order.request_id, f"not moved: {refusal}", None)
-    if refusal is None:
+    if parcel is not None and refusal is None:
         worker.ship(parcel, order.destination_replica_id)
         on_moved(
             SequenceMoved(
@@ -113,11 +111,13 @@ async def _move(
         )
 
 
+def _time_left_s(deadline_s: float, clock: Clock) -> float:
+    return max(0.0, min(MOVE_TIMEOUT_S, deadline_s - clock.now_s()))
+
+
 async def _deliver(parcel: Parcel, order: SequenceOrder, links: PeerLinks, within_s: float) -> str | None:
     """Why the parcel was not taken; None when it was."""
     assert order.destination is not None
-    if within_s <= 0:
-        return "the deadline is here"
     try:
         answer = await links.deliver(parcel, order.destination, within_s=within_s)
     except WireError as error:

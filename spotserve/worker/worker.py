@@ -138,7 +138,7 @@ class Worker:
         """Runs a request, or goes on with it when it is here already under an older epoch."""
         request_id = submit.request.request_id
         known = self._ownership.get(request_id)
-        if known is not None and known.epoch >= submit.epoch:
+        if known is not None and known.epoch > submit.epoch:
             return
         if known is not None:
             known.epoch, known.gateway_id = submit.epoch, gateway_id
@@ -193,8 +193,9 @@ class Worker:
             finish_reason=FinishReason.FAILED,
             error=reason,
         )
-        self._tell(sequence.gateway_id, Deltas(deltas=(failed,)))
-        self._ownership.drop(sequence.request.request_id)
+        if self._ownership.get(sequence.request.request_id) is sequence:
+            self._ownership.drop(sequence.request.request_id)
+            self._tell(sequence.gateway_id, Deltas(deltas=(failed,)))
 
     # ------------------------------------------------------------------ leaving
 
@@ -217,7 +218,11 @@ class Worker:
     def ship(self, parcel: Parcel, destination_replica_id: str) -> None:
         """The parcel has a new owner: forget it here and tell its gateway."""
         sequence = self._ownership.get(parcel.request_id)
-        if sequence is None or sequence.epoch != parcel.epoch:
+        if sequence is None:
+            return
+        if (sequence.epoch, sequence.gateway_id) != (parcel.epoch, parcel.gateway_id):
+            # it was asked for anew while it was on its way, and the new owner does not know by whom
+            self.release(parcel.request_id, "it moved while it was asked for anew", destination_replica_id)
             return
         self._ownership.drop(parcel.request_id)
         self._tell(
@@ -264,7 +269,15 @@ class Worker:
             gaps=list(progress.gaps or ()),
         )
         self._ownership.put(sequence)
-        if not await self._engine.call(lambda engine: engine.import_sequence(exported)):
+        try:
+            imported = await self._engine.call(lambda engine: engine.import_sequence(exported))
+        except InvalidRequest as error:
+            if self._ownership.get(request_id) is sequence:
+                self._ownership.drop(request_id)
+            return HandOverAnswered(request_id=request_id, accepted=False, reason=str(error))
+        if self._ownership.get(request_id) is not sequence:
+            return HandOverAnswered(request_id=request_id, accepted=False, reason="it was withdrawn on arrival")
+        if not imported:
             self._start(sequence)
         self._tell(sequence.gateway_id, Deltas(deltas=sequence.whole_progress))
         return HandOverAnswered(request_id=request_id, accepted=True)
