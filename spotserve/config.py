@@ -92,6 +92,9 @@ class WorkerSettings(Section):
 
     heartbeat_s: float = Field(0.25, gt=0)
     """Time between two heartbeats."""
+    commit_interval_s: float = Field(0.02, ge=0)
+    """Least time between two commits of a worker's progress; 0: one per engine step. What a sudden loss of worker and gateway
+    together can cost is computing this much again."""
     orphan_s: float = Field(60.0, gt=0)
     """How long a worker without a controller goes on before it leaves."""
     keep_finished_s: float = Field(30.0, gt=0)

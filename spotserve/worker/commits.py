@@ -1,6 +1,7 @@
 """Commits progress to the store, off the critical path: one round trip at a time, for the whole batch.
 
-While a commit is under way, what later steps make is gathered and goes with the next one. A store that is out of reach costs
+While a commit is under way, and for `interval_s` after one began, what later steps make is gathered and goes with the next:
+a slow engine commits once per step, a fast one does not spend its processor on round trips. A store that is out of reach costs
 nothing but the ability to resume from it: commits are dropped, and when it is back, the first commit of each sequence is
 answered with a gap and its whole progress is sent.
 """
@@ -30,10 +31,12 @@ class Committer:
         self,
         store: ProgressStore,
         *,
+        interval_s: float,
         on_fenced: Callable[[str, int], None],
         whole_progress: Callable[[str], Commit | None],
     ) -> None:
         self._store = store
+        self._interval_s = interval_s
         self._on_fenced = on_fenced
         self._whole_progress = whole_progress
         self._pending: dict[str, Commit] = {}
@@ -63,9 +66,11 @@ class Committer:
 
     async def run(self) -> None:
         """Writes for ever."""
+        loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
             self._wake.clear()
+            next_s = loop.time() + self._interval_s
             batch, self._pending = list(self._pending.values()), {}
             self._in_flight = True
             try:
@@ -76,6 +81,7 @@ class Committer:
                 await asyncio.sleep(RETRY_S)
             finally:
                 self._in_flight = False
+            await asyncio.sleep(max(0.0, next_s - loop.time()))
 
     async def _write(self, batch: list[Commit]) -> None:
         for outcome, commit in zip(await self._store.commit(batch), batch, strict=True):

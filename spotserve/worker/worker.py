@@ -73,7 +73,9 @@ class Worker:
         self.is_draining = False
         self.suggested_replica_id: str | None = None
         """Where the controller wants new requests of a draining replica to go."""
-        self.committer = Committer(store, on_fenced=self._fence, whole_progress=self._whole_progress)
+        self.committer = Committer(
+            store, interval_s=settings.commit_interval_s, on_fenced=self._fence, whole_progress=self._whole_progress
+        )
 
     # ------------------------------------------------------------------ engine
 

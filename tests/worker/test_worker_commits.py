@@ -18,12 +18,15 @@ pytestmark = pytest.mark.anyio
 class Desk:
     """A committer, its store, and what it was told of sequences."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, interval_s: float = 0.0) -> None:
         self.store = ScriptedStore()
         self.fenced: list[tuple[str, int]] = []
         self.known: dict[str, Commit] = {}
         self.committer = Committer(
-            self.store, on_fenced=lambda request_id, epoch: self.fenced.append((request_id, epoch)), whole_progress=self.known.get
+            self.store,
+            interval_s=interval_s,
+            on_fenced=lambda request_id, epoch: self.fenced.append((request_id, epoch)),
+            whole_progress=self.known.get,
         )
 
     def add(self, position: int, *token_ids: int, request_id: str = "s", epoch: int = 1, end: FinishReason | None = None) -> None:
@@ -130,3 +133,20 @@ async def test_a_store_that_goes_and_comes_back(monkeypatch: pytest.MonkeyPatch)
         made.add(1, 2)
         await until(lambda: made.committer.healthy)
         assert (await made.idle())[-1] == [commit(0, 1, 2)]
+
+
+def test_what_steps_make_within_the_interval_goes_in_one_round_trip() -> None:
+    async def scenario() -> None:
+        desk = Desk(interval_s=0.2)
+        running = asyncio.create_task(desk.committer.run())
+        desk.add(0, 1)
+        await until(lambda: len(desk.store.batches) == 1)
+        for position in range(1, 6):
+            desk.add(position, position)
+            await asyncio.sleep(0)
+        assert len(desk.store.batches) == 1
+        await until(lambda: len(desk.store.batches) == 2)
+        assert desk.store.batches[1] == [commit(1, 1, 2, 3, 4, 5)]
+        running.cancel()
+
+    asyncio.run(scenario())
