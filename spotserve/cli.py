@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from spotserve.config import load_settings
 from spotserve.core.errors import ConfigError, SpotServeError
@@ -37,7 +38,24 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-UrlOption = Annotated[str, typer.Option("--url", envvar="SPOTSERVE_URL", help="Which system: the URL that `spotserve up` printed.")]
+
+def _system_url(url: str | None) -> str | None:
+    """The system's own URL, also when it was given as clients of the API need it."""
+    if url is None:
+        return None
+    try:
+        port = httpx.URL(url).port
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"--url {url}: {error}") from error
+    if port is None:
+        raise ConfigError(f"--url {url}: expected a URL with a port, such as {DEFAULT_URL}")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+UrlOption = Annotated[
+    str,
+    typer.Option("--url", envvar="SPOTSERVE_URL", callback=_system_url, help="Which system: the URL that `spotserve up` printed."),
+]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
@@ -46,7 +64,7 @@ def main() -> None:
     try:
         app()
     except SpotServeError as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(Text.assemble(("error:", "red"), f" {error}"), highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -209,7 +227,8 @@ def status(
     console.print("requests: " + "  ".join(f"{name} {count}" for name, count in document["requests"].items()))
     for decision in _get(url, f"/decisions?limit={decisions}")["decisions"]:
         console.print(
-            f"[dim]{time.strftime('%H:%M:%S', time.localtime(decision['time_s']))}[/] {decision['cause']}: {decision['reason']}"
+            f"[dim]{time.strftime('%H:%M:%S', time.localtime(decision['time_s']))}[/] "
+            + escape(f"{decision['cause']}: {decision['reason']}")
         )
 
 
@@ -257,7 +276,8 @@ def replay(
         Path | None, typer.Option(help="Trace of machines that come and go; none: the fleet is left alone.")
     ] = None,
     url: Annotated[
-        str | None, typer.Option("--url", envvar="SPOTSERVE_URL", help="A running system; none: one is started.")
+        str | None,
+        typer.Option("--url", envvar="SPOTSERVE_URL", callback=_system_url, help="A running system; none: one is started."),
     ] = None,
     instances: Annotated[int, typer.Option(help="Instances of a system that is started for this.")] = 4,
     grace: Annotated[float, typer.Option(help="Seconds of notice (no trace holds it).")] = 30.0,
@@ -329,8 +349,7 @@ def _free_port() -> int:
 
 def _folder_of(url: str) -> SystemFolder:
     port = httpx.URL(url).port
-    if port is None:
-        raise ConfigError(f"--url {url}: expected a URL with a port, such as {DEFAULT_URL}")
+    assert port is not None, "checked where the URL came in"
     return SystemFolder.for_port(port)
 
 
@@ -359,7 +378,10 @@ def _call(method: str, url: str, path: str, body: dict[str, object] | None) -> A
         raise SpotServeError(f"no system answers at {url}: {error}; start one with `spotserve up`") from error
     if answer.is_error:
         raise SpotServeError(f"{url}{path} answered {answer.status_code}: {answer.text}")
-    return answer.json()
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise SpotServeError(f"{url}{path} did not answer with JSON: is that a SpotServe system?") from error
 
 
 if __name__ == "__main__":

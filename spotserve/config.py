@@ -5,11 +5,12 @@ named by `--config` or `SPOTSERVE_CONFIG`, the default below.
 """
 
 import os
+import tomllib
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError, TomlConfigSettingsSource
 
 from spotserve.core.errors import ConfigError
 
@@ -122,7 +123,7 @@ class LocalCloudSettings(Section):
     """Instances at the start."""
     restock_s: float | None = Field(2.0, ge=0)
     """Time until a taken instance's place goes to a new one; None: never (a trace drives the fleet)."""
-    zones: tuple[str, ...] = ("local-a", "local-b")
+    zones: tuple[str, ...] = Field(("local-a", "local-b"), min_length=1)
     """Zones that instances are spread over, in turn."""
     spot_usd_per_hour: float = 1.9046
     """Price of a spot instance in reports: AWS g4dn.12xlarge as in the SpotServe paper (ASPLOS'24, section 6.1)."""
@@ -133,7 +134,7 @@ class LocalCloudSettings(Section):
 class Settings(BaseSettings):
     """All sections."""
 
-    model_config = SettingsConfigDict(env_prefix="SPOTSERVE_", env_nested_delimiter="__", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="SPOTSERVE_", env_nested_delimiter="__", frozen=True, extra="forbid")
 
     engine: EngineSettings = EngineSettings()
     gateway: GatewaySettings = GatewaySettings()
@@ -153,6 +154,8 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then environment, then the TOML file."""
         path = os.environ.get("SPOTSERVE_CONFIG")
+        if path and not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
         file = (TomlConfigSettingsSource(settings_cls, Path(path)),) if path else ()
         return (init_settings, env_settings, *file)
 
@@ -175,5 +178,7 @@ def load_settings(**sections: dict[str, object]) -> Settings:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r})" for item in error.errors())
         raise ConfigError(problems) from error
+    except (SettingsError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(f"SPOTSERVE_CONFIG={os.environ.get('SPOTSERVE_CONFIG')}: {error}") from error

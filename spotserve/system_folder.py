@@ -36,8 +36,8 @@ class SystemFolder:
     @classmethod
     def for_port(cls, port: int) -> "SystemFolder":
         """The folder of the system whose gateway listens on `port`: below SPOTSERVE_HOME, or the user's state directory."""
-        state = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state"))
-        home = Path(os.environ.get("SPOTSERVE_HOME", state / "spotserve"))
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        home = Path(os.environ.get("SPOTSERVE_HOME") or state / "spotserve")
         return cls(home / str(port))
 
     @property

@@ -50,7 +50,7 @@ async def _http_error(request: Request, error: Any) -> Response:
     """No such route, or no such method on it."""
     code: str | None = None
     match error.status_code:
-        case 404 if error.detail == "Not Found":
+        case 404 if error.detail == "Not Found":  # what the router says; a route that found nothing says what
             message, code = f"Invalid URL ({request.method} {request.url.path})", "not_found"
         case 405:
             message, code = f"Not allowed to {request.method} on {request.url.path}", "method_not_allowed"

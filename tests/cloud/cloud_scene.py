@@ -55,7 +55,7 @@ class Cloud:
             record_path=self.record_path,
             log_path=lambda name: folder / f"{name}.log",
             nursery=self.nursery,
-            start_options=lambda instance_id, spot, zone: {"name": f"spot:{instance_id}", **self.options},
+            start_options=lambda instance_id, *_: {"name": f"spot:{instance_id}", **self.options},
             on_event=self.said.append,
             clock=SystemClock(),
         )

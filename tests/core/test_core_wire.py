@@ -133,3 +133,38 @@ def test_nobody_there_is_a_closed_channel() -> None:
             await connect("127.0.0.1", port, secret="s", inbound=GatewayCommand)
 
     asyncio.run(scenario())
+
+
+def test_a_value_that_its_own_constructor_refuses_is_no_message() -> None:
+    async def scenario() -> None:
+        async with listening() as server:
+            channel = await connect("127.0.0.1", server.port, secret="s", inbound=GatewayCommand)
+            sampling = msgspec.to_builtins(SamplingParams(max_tokens=5))
+            request = {"request_id": "a", "prompt_token_ids": [], "sampling": sampling}
+            payload = msgspec.msgpack.encode(["Submit", request, 1, []])
+            channel._writer.write(struct.pack(">I", len(payload)) + payload)
+            with pytest.raises(ChannelClosed):
+                await channel.receive()
+            assert any("no message" in reason for reason in server.refused)
+
+    asyncio.run(scenario())
+
+
+def test_an_end_that_announces_a_giant_is_hung_up_on() -> None:
+    async def announce(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await wire._handshake(reader, writer, "s", is_server=True)
+        writer.write(struct.pack(">I", wire.MAX_FRAME_BYTES + 1))
+        await reader.read()
+        writer.close()
+
+    async def scenario() -> None:
+        server = await asyncio.start_server(announce, "127.0.0.1", 0)
+        channel = await connect("127.0.0.1", bound_port(server), secret="s", inbound=GatewayCommand)
+        with pytest.raises(WireError, match="frame"):
+            await channel.receive()
+        with pytest.raises(ChannelClosed):
+            channel.send(Attach(gateway_id="g"))
+        server.close()
+        await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
