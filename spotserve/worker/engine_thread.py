@@ -6,15 +6,21 @@ before it.
 """
 
 import asyncio
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from spotserve.engine.engine import Engine
 from spotserve.engine.results import StepResult
 
 Result = TypeVar("Result")
+
+LOADING_NICENESS = 5
+"""A quarter of a busy core at least: a fleet that is short of replicas still gets its next one soon."""
 
 
 class EngineThread:
@@ -66,7 +72,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            engine = self._load()
+            engine = _load_gently(self._load)
         except Exception as error:  # noqa: BLE001 -- top of the thread: the one who awaits the engine must hear of it
             self._post(_set_exception, self._loaded, error)
             return
@@ -88,6 +94,17 @@ class EngineThread:
             if job is None:
                 return False
             job(engine)
+
+
+def _load_gently(load: Callable[[], Engine]) -> Engine:
+    """Loads in a thread of lower priority, so that instances that serve on the same machine do not feel it."""
+    with ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=_lower_priority) as loader:
+        return loader.submit(load).result()
+
+
+def _lower_priority() -> None:
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICENESS)
 
 
 def _set_result(future: "asyncio.Future[Result]", result: Result) -> None:

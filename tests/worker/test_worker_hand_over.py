@@ -116,7 +116,7 @@ async def test_what_has_no_room_there_is_computed_again_from_its_tokens(model_fo
 async def test_a_refusal_gives_the_sequence_back_to_its_gateway(model_folder: Path, tmp_path: Path) -> None:
     async with stage(model_folder, tmp_path, "a", "b") as [a, b]:
         b.worker.is_draining = True
-        a.worker.submit("g", submit())
+        a.worker.submit("g", submit(max_tokens=400))
         await a.tokens_so_far(3)
         assert await (await on_their_way(a, drain(order(SequenceAction.MOVE, b.address)))) == []
         (released,) = a.gateway.of(Released)
@@ -127,9 +127,9 @@ async def test_a_refusal_gives_the_sequence_back_to_its_gateway(model_folder: Pa
 
 async def test_a_newer_owner_over_there_is_not_replaced(model_folder: Path, tmp_path: Path) -> None:
     async with stage(model_folder, tmp_path, "a", "b") as [a, b]:
-        a.worker.submit("g", submit())
+        a.worker.submit("g", submit(max_tokens=400))
         await a.tokens_so_far(3)
-        b.worker.submit("g", submit(after_dispatch(FIRST)))
+        b.worker.submit("g", submit(after_dispatch(FIRST), max_tokens=400))
         assert await (await on_their_way(a, drain(order(SequenceAction.MOVE, b.address)))) == []
         assert "newer" in a.gateway.of(Released)[0].reason  # type: ignore[attr-defined]
         await b.gateway.whole()
@@ -162,7 +162,7 @@ def hand_over(*, emitted: tuple[int, ...], num_parts: int, computed_tokens: int 
 
 async def test_a_peer_that_is_not_there_gives_the_sequence_back(model_folder: Path, tmp_path: Path) -> None:
     async with stage(model_folder, tmp_path, "a") as [a]:
-        a.worker.submit("g", submit())
+        a.worker.submit("g", submit(max_tokens=400))
         await a.tokens_so_far(3)
         assert await (await on_their_way(a, drain(order(SequenceAction.MOVE, Address("127.0.0.1", 1))))) == []
         assert len(a.gateway.of(Released)) == 1
@@ -176,7 +176,7 @@ async def test_a_peer_that_dies_in_the_middle_gives_the_sequence_back(model_fold
 
     async with stage(model_folder, tmp_path, "a") as [a]:
         server = await listen("127.0.0.1", 0, secret=SECRET, inbound=HandOver | KvPart, on_channel=die, on_refused=print)
-        a.worker.submit("g", submit())
+        a.worker.submit("g", submit(max_tokens=400))
         await a.tokens_so_far(3)
         there = Address("127.0.0.1", bound_port(server))
         assert await (await on_their_way(a, drain(order(SequenceAction.MOVE, there)))) == []
@@ -196,7 +196,7 @@ async def test_a_peer_that_does_not_answer_gives_the_sequence_back(
 
     async with stage(model_folder, tmp_path, "a") as [a]:
         server = await listen("127.0.0.1", 0, secret=SECRET, inbound=HandOver | KvPart, on_channel=listen_only, on_refused=print)
-        a.worker.submit("g", submit())
+        a.worker.submit("g", submit(max_tokens=400))
         await a.tokens_so_far(3)
         there = Address("127.0.0.1", bound_port(server))
         assert await (await on_their_way(a, drain(order(SequenceAction.MOVE, there)))) == []
@@ -269,7 +269,7 @@ async def test_what_is_asked_for_anew_while_it_moves_is_given_back_to_who_asked(
 ) -> None:
     """The peer speaks to the gateway that waited when the parcel was packed; the newer one would wait for ever."""
     async with stage(model_folder, tmp_path, "a", "b") as [a, b]:
-        a.worker.submit("g", submit())
+        a.worker.submit("g", submit(max_tokens=400))
         await a.tokens_so_far(3)
         newer = Ear()
         a.worker.attach("newer", newer)  # type: ignore[arg-type]
@@ -351,7 +351,7 @@ async def test_what_has_not_finished_shortly_before_the_deadline_is_released(mod
 
 async def test_nothing_is_sent_when_the_deadline_is_here(model_folder: Path, tmp_path: Path) -> None:
     async with stage(model_folder, tmp_path, "a", "b") as [a, b]:
-        a.worker.submit("g", submit())
+        a.worker.submit("g", submit(max_tokens=400))
         await a.tokens_so_far(1)
         await (await on_their_way(a, drain(order(SequenceAction.MOVE, b.address), deadline_s=999.0)))
         assert "within 0.00 s" in a.gateway.of(Released)[0].reason  # type: ignore[attr-defined]
