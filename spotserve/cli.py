@@ -129,6 +129,9 @@ def _parse_parallel(text: str | None) -> tuple[int | None, int | None, int | Non
 
 def _start_in_background(port: int, arguments: list[str]) -> str:
     """Starts this program in a session of its own and waits until it serves; its URL."""
+    url = f"http://127.0.0.1:{port}"
+    if _answers(f"{url}/health/live"):
+        raise ConfigError(f"a system answers at {url} already: `spotserve down --url {url}` ends it, or choose another --port")
     folder = SystemFolder.for_port(port)
     folder.create()
     log_path = folder.log_path("system")
@@ -140,7 +143,6 @@ def _start_in_background(port: int, arguments: list[str]) -> str:
             stderr=log_file,
             start_new_session=True,
         )
-    url = f"http://127.0.0.1:{port}"
     with console.status("starting a local cluster ..."):
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not _answers(f"{url}/health/ready"):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from rich.console import Console
 
 from spotserve.checkpoint.open import open_store
@@ -64,6 +65,7 @@ class _LocalSystem:
         self._clock = SystemClock()
         self._metrics = Metrics()
         self._store_healthy = True
+        self._failure: BaseException | None = None
 
     async def run(self) -> None:
         """Start, serve, end: top to bottom."""
@@ -102,17 +104,19 @@ class _LocalSystem:
                 metrics=self._metrics,
                 on_resumed=link.tell,
             )
+            web = _Server(_web_config(self._make_web(relay, cloud, secret)))
             background = [
                 asyncio.create_task(controller.keep_time(), name="time"),
                 asyncio.create_task(link.run(relay.use_table, lambda: relay.report(GATEWAY_ID)), name="routing tables"),
                 asyncio.create_task(self._watch_store(), name="store health"),
                 asyncio.create_task(self._fill_fleet(cloud), name="fleet"),
             ]
-            web = self._make_web(relay, cloud, secret)
+            for task in background:
+                task.add_done_callback(lambda ended: self._note_end(ended, web))
             self._console.print(
                 f"serving at [bold]{url}/v1[/] once the first replica is up; `spotserve status --url {url}` shows the fleet"
             )
-            await _serve_until_signalled(web, gateway_socket)
+            await web.serve(sockets=[gateway_socket])
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
@@ -122,6 +126,14 @@ class _LocalSystem:
             await executor.close()
             await cloud.close()
             server.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _note_end(self, task: asyncio.Task[None], web: uvicorn.Server) -> None:
+        """A background task that ends with an error ends the system."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failure = error
+            web.should_exit = True
 
     def _make_cloud(self, folder: SystemFolder) -> LocalCloud:
         sections = {name: getattr(self._settings, name).model_dump(mode="json") for name in ("engine", "worker", "store")}
@@ -142,7 +154,7 @@ class _LocalSystem:
             clock=self._clock,
         )
 
-    def _make_web(self, relay: Relay, cloud: LocalCloud, secret: str) -> Any:
+    def _make_web(self, relay: Relay, cloud: LocalCloud, secret: str) -> FastAPI:
         tokenizer = load_tokenizer(self._settings.engine.model)
         web = create_app(relay, self._settings.gateway, tokenizer, model_name=self._settings.engine.model_name)
         web.include_router(create_router(self._controller, cloud, secret=secret, status=self._status, metrics=self._metrics))
@@ -202,8 +214,5 @@ def _bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-async def _serve_until_signalled(web: Any, gateway_socket: socket.socket) -> None:
-    """Serves HTTP; SIGINT or SIGTERM ends it after answers under way had a moment, a second one at once."""
-    config = uvicorn.Config(web, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off")
-    server = _Server(config)
-    await server.serve(sockets=[gateway_socket])
+def _web_config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off")
