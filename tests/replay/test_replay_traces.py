@@ -39,8 +39,8 @@ def test_the_demo_is_what_it_is_meant_to_be() -> None:
     noticed = [take.noticed for take in timeline.losses]
     assert 3 <= sum(noticed) <= len(noticed) - 3, "both kinds of loss are shown"
     arrivals = timeline.arrivals
-    assert 120 <= len(arrivals) <= 150
-    assert all(60 <= one.prompt_tokens <= 250 and 40 <= one.output_tokens <= 160 for one in arrivals)
+    assert 160 <= len(arrivals) <= 190
+    assert all(60 <= one.prompt_tokens <= 250 and 100 <= one.output_tokens <= 500 for one in arrivals)
     assert 0.4 < sum(one.temperature == 0 for one in arrivals) / len(arrivals) < 0.6
     fleet = 4
     sizes = [fleet := fleet + (1 if event.change == "add" else -1) for event in events if event.time_s > 0]
