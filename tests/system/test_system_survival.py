@@ -236,6 +236,36 @@ def test_serving_goes_on_without_its_store(tmp_path: Path) -> None:
         assert answer.token_ids == undisturbed.token_ids
 
 
+BAD_BODIES: dict[str, tuple[bytes, int]] = {
+    "malformed JSON": (b'{"prompt": ', 400),
+    "broken UTF-8": (b'{"prompt": "\xff\xfe"}', 400),
+    "wrong type": (b'{"prompt": "a", "max_tokens": "many"}', 400),
+    "unknown model": (b'{"model": "gpt-0", "prompt": "a"}', 404),
+    "prompt longer than the context": (b'{"prompt": "' + b"word " * 5000 + b'"}', 400),
+    "token id out of range": (b'{"prompt": [1, 2, 999999]}', 400),
+    "huge n": (b'{"prompt": "a", "n": 1000000}', 400),
+    "NaN temperature": (b'{"prompt": "a", "temperature": NaN}', 400),
+    "10 MB": (b'{"prompt": "' + b"a" * 10_000_000 + b'"}', 413),
+}
+
+
+def test_bad_input_is_refused_by_name_and_nothing_leaks(fleet: LocalCluster) -> None:
+    with httpx.Client(base_url=fleet.url, timeout=30) as client:
+        for what, (body, status) in BAD_BODIES.items():
+            answer = client.post("/v1/completions", content=body)
+            assert answer.status_code == status, (what, answer.text)
+            error = answer.json()["error"]
+            assert error["message"]
+            assert error["type"] == "invalid_request_error", (what, error)
+        for _ in range(5):
+            with client.stream("POST", "/v1/completions", json=BODY | {"max_tokens": 900, "stream": True}) as response:
+                next(response.iter_lines())  # and leaves
+        call_ids = [client.post("/v1/completions", json=BODY | {"max_tokens": 1}).json()["id"]]
+        assert client.delete(f"/v1/requests/{call_ids[0]}").status_code == 200
+    fleet.wait_until_idle()
+    fleet.wait_until(lambda: fleet.status()["requests"]["running"] == 0, "nothing runs")
+
+
 def test_a_taken_port_is_one_line_that_says_what_to_do(fleet: LocalCluster, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "spotserve", "up", "--port", str(fleet.port)]
     environment = {**os.environ, "SPOTSERVE_HOME": str(tmp_path), "COLUMNS": "200"}
