@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError, TomlConfigSettingsSource
 
 from spotserve.core.errors import ConfigError
@@ -158,12 +158,6 @@ class Settings(BaseSettings):
             raise FileNotFoundError("there is no such file")
         file = (TomlConfigSettingsSource(settings_cls, Path(path)),) if path else ()
         return (init_settings, env_settings, *file)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _drop_unset_flags(cls, value: object) -> object:
-        """A flag that was not given is None: it must not hide the environment's value or the default."""
-        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 def load_settings(**sections: dict[str, object]) -> Settings:

@@ -62,7 +62,11 @@ def status_of(controller: Controller, *, model_name: str, store_url: str, store_
             "tokens_used": sum(heartbeat.kv_tokens_used for heartbeat in heartbeats),
             "tokens_total": sum(heartbeat.kv_tokens_total for heartbeat in heartbeats),
         },
-        "arithmetic": {"emitted_tokens_change": "never", "invariant": "batch", "across_parallel_configurations": False},
+        "arithmetic": {
+            "emitted_tokens_change": "never",
+            "invariant": "batch, where the kernels allow",
+            "across_parallel_configurations": False,
+        },
     }
 
 

@@ -67,7 +67,3 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         assert len(set(self.devices.values())) == len(self.devices), "a device has two slots"
-
-    def device_of(self, slot: Slot) -> DeviceId | None:
-        """The slot's device; None when there were too few devices."""
-        return self.devices.get(slot)

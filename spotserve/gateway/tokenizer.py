@@ -37,11 +37,6 @@ class Tokenizer:
         self._token_bytes = _byte_table(vocabulary) if isinstance(fast.decoder, decoders.ByteLevel) else None
         self._said_bytes = {i: b for i, b in (self._token_bytes or {}).items() if i not in self._special_ids}
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `render_chat` has a template to render with."""
-        return self._template is not None
-
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Ids of a text; with `add_special_tokens` as the model's post-processor frames a prompt."""
         return tuple(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
