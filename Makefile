@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check chaos bench clean
+.PHONY: help setup demo test test-external check chaos invariance soak bench bench-engine bench-recut clean
 
 help: ## print this help
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ demo: setup ## a local cluster under load while a trace takes its machines away;
 test: setup ## every test (the short chaos test included)
 	$(BIN)/python -m pytest
 
+test-external: setup ## tests against a real vLLM; SPOTSERVE_VLLM_PYTHON names an interpreter that has it (docs/engines.md)
+	$(BIN)/python -m pytest -m external
+
 check: setup ## what every commit passes: format, lint, types, contracts, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -34,8 +37,20 @@ check: setup ## what every commit passes: format, lint, types, contracts, tests
 chaos: setup ## the long chaos test: 200 preemptions and more under 300 streams and more
 	SPOTSERVE_CHAOS=long $(BIN)/python -m pytest -m chaos -s --timeout 3600
 
+invariance: setup ## the long form of the invariance tests: 200 random mixes of each kind, 24 layers at the 0.5 B shape
+	SPOTSERVE_INVARIANCE=long $(BIN)/python -m pytest tests/engine/test_engine_arithmetic.py --timeout 3600
+
+soak: setup ## 10,000 short requests with cancels, evictions, prefix hits and re-cuts; what is left behind
+	$(BIN)/python benchmarks/soak.py
+
+bench-recut: setup ## cutting the model anew against stopping and starting it
+	$(BIN)/python benchmarks/recut.py
+
+bench-engine: setup ## this engine beside its peers; set PEERS to name their interpreters
+	$(BIN)/python benchmarks/bench_engine.py $(PEERS)
+
 bench: setup ## the benchmarks of benchmarks/README.md, one after the other
-	$(BIN)/python benchmarks/engine_peers.py
+	$(BIN)/python benchmarks/bench_engine.py
 	$(BIN)/python benchmarks/checkpoint_cost.py
 	$(BIN)/python benchmarks/gateway_stream.py
 

@@ -38,6 +38,11 @@ class RunningSystem:
         self._process = process
 
     @property
+    def pid(self) -> int:
+        """Of the process of gateway and controller."""
+        return self._process.pid
+
+    @property
     def secret(self) -> str:
         """Opens the admin API."""
         return str(json.loads((self.folder / "system.json").read_text())["secret"])
@@ -81,20 +86,24 @@ class RunningSystem:
 
 
 @contextmanager
-def running_system(home: Path, *arguments: str, instances: int) -> Iterator[RunningSystem]:
-    """A system whose `instances` replicas all serve.
+def running_system(
+    home: Path, *arguments: str, instances: int, replicas: int | None = None, port: int | None = None
+) -> Iterator[RunningSystem]:
+    """A system of which `replicas` serve (None: one per instance), on `port` (None: any). With the home and port of one that
+    was stopped it goes on with that one's requests.
 
     Raises:
         SystemFailed: it ended, or did not serve within `START_DEADLINE_S`.
     """
     home.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port = free_port() if port is None else port
     command = [sys.executable, "-m", "spotserve", "up", "--port", str(port), "--instances", str(instances), *arguments]
     with (home / "up.log").open("ab") as log:
         process = subprocess.Popen(command, env={**os.environ, "SPOTSERVE_HOME": str(home)}, stdout=log, stderr=log)
     system = RunningSystem(home, port, process)
     try:
-        wait_until(lambda: system.serving() >= instances, f"{instances} replicas serve; see {home / 'up.log'}")
+        wanted = instances if replicas is None else replicas
+        wait_until(lambda: system.serving() >= wanted, f"{wanted} replicas serve; see {home / 'up.log'}")
         yield system
     finally:
         system.stop()

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from spotserve.config import DEMO_MODEL, GatewaySettings
-from spotserve.core.model import ModelSpec
+from spotserve.core.model import ModelSpec, Portion
 from spotserve.core.request import FinishReason, Request, TokenDelta
 from spotserve.gateway.app import create_app
 from spotserve.gateway.calls import Call
@@ -40,9 +40,9 @@ class ReadySource:
             head_size=1,
             vocabulary_size=tokenizer.vocabulary_size,
             context_tokens=2 * tokens + 1024,
-            layer_bytes=1,
-            embedding_bytes=1,
-            head_bytes=1,
+            layer=(Portion(1, 1),),
+            embedding=(Portion(1, 1),),
+            head=(Portion(1, 1),),
             value_bytes=1,
         )
 

@@ -18,7 +18,7 @@ import json
 import random
 import signal
 import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,15 @@ from gap_figures import (
     summary,
     tokens_within,
 )
+from load import Load
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from spotserve.replay.admin import Admin
-from spotserve.replay.client import StreamClient
-from spotserve.replay.prompts import build_prompt
-from spotserve.replay.record import FleetEvent, RequestRecord
-from spotserve.replay.timeline import Arrive
+from spotserve.replay.record import FleetEvent
 from spotserve.system_clock import SystemClock
 
-PATIENCE_S = 300.0
 CALIBRATION_S = 8.0
 CALIBRATION_WARMUP_S = 2.0
 RAMP_S = 12.0
@@ -56,45 +53,8 @@ SERVE_AGAIN_S = 60.0
 CLOCK = SystemClock()
 
 
-class Load:
-    """Clients that send calls until told to stop; keeps what came of each."""
-
-    def __init__(self, url: str, model: str, args: argparse.Namespace) -> None:
-        self._client = StreamClient(url, model=model, clock=CLOCK, patience_s=PATIENCE_S)
-        self._args = args
-        self._choose = random.Random(args.seed)
-        self._number = 0
-        self._over = asyncio.Event()
-        self.records: list[RequestRecord] = []
-
-    async def run(self, cycle_s: float) -> None:
-        """Each stream sends a call every `cycle_s`, or as soon as its last one has ended, until `stop`."""
-        self._over.clear()
-        async with asyncio.TaskGroup() as group:
-            for number in range(self._args.streams):
-                group.create_task(self._stream(cycle_s, cycle_s * number / self._args.streams), name=f"stream {number}")
-
-    def stop(self) -> None:
-        """Nothing new is sent; `run` returns when the last answer is whole."""
-        self._over.set()
-
-    async def _stream(self, cycle_s: float, first_in_s: float) -> None:
-        next_s = CLOCK.now_s() + first_in_s
-        while not await self._is_over_by(next_s):
-            self.records.append(await self._call())
-            next_s = max(next_s + cycle_s * self._choose.uniform(0.8, 1.2), CLOCK.now_s())
-
-    async def _is_over_by(self, due_s: float) -> bool:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._over.wait(), max(0.0, due_s - CLOCK.now_s()))
-        return self._over.is_set()
-
-    async def _call(self) -> RequestRecord:
-        self._number += 1
-        seed = self._args.seed * 1_000_003 + self._number
-        now_s = CLOCK.now_s()
-        arrival = Arrive(now_s, self._number, self._args.prompt_tokens, self._args.tokens, temperature=0.0, seed=seed)
-        return await self._client.complete(arrival, build_prompt(self._args.prompt_tokens, seed), scheduled_s=now_s)
+def _load(url: str, model: str, args: argparse.Namespace) -> Load:
+    return Load(url, model, streams=args.streams, prompt_tokens=args.prompt_tokens, tokens=args.tokens, seed=args.seed)
 
 
 async def _capacity_tokens_per_s(load: Load) -> float:
@@ -144,10 +104,13 @@ async def _measure(url: str, secret: str, args: argparse.Namespace, console: Con
     admin = Admin(url, secret)
     model = (await admin.status()).model_name
     with console.status("measuring capacity"):
-        capacity = await _capacity_tokens_per_s(Load(url, model, args))
+        capacity = await _capacity_tokens_per_s(_load(url, model, args))
     cycle_s = args.streams * args.tokens / (args.load * capacity)
     console.print(f"capacity {capacity:,.0f} tokens/s; {args.streams} streams, each a call every {cycle_s:.2f} s")
-    load, events = Load(url, model, args), await admin.new_events()
+    load, events = (
+        _load(url, model, args),
+        await admin.new_events(),
+    )
     running = asyncio.create_task(load.run(cycle_s), name="load")
     with Progress(console=console) as progress:
         await _quiet("ramp", RAMP_S, progress)

@@ -29,12 +29,15 @@ from spotserve.system_folder import SystemFolder
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
+RESHAPE_TIMEOUT_S = 300.0
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Serve large language models on spot instances: one URL and unbroken token streams while machines come and go.",
 )
+bench = typer.Typer(no_args_is_help=True, help="Measure one part on this machine.")
+app.add_typer(bench, name="bench")
 console = Console()
 errors = Console(stderr=True)
 
@@ -70,9 +73,18 @@ def main() -> None:
 
 @app.command()
 def up(
-    instances: Annotated[int | None, typer.Option(help="Worker processes that play instances.")] = None,
+    instances: Annotated[
+        int | None, typer.Option(help="Worker processes that play instances. Default: as many as --parallel needs, else 2.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Devices of each instance: rank processes that compute side by side.")] = None,
     model: Annotated[
         str | None, typer.Option(help="A folder in Hugging Face format, or a hub id. Default: the model that ships.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="native, or openai: a server that runs already and speaks the OpenAI API, at --engine-url.")
+    ] = None,
+    engine_url: Annotated[
+        str | None, typer.Option(help="That server, such as http://127.0.0.1:8001/v1. Its key: SPOTSERVE_ENGINE__API_KEY.")
     ] = None,
     store: Annotated[str | None, typer.Option(help="sqlite:///PATH, redis://HOST:PORT/DB, or none.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the OpenAI-compatible gateway.")] = None,
@@ -96,17 +108,26 @@ def up(
     """
     if config is not None:
         os.environ["SPOTSERVE_CONFIG"] = str(config)
-    data, pipeline, tensor = _parse_parallel(parallel)
+    data, pipeline, tensor = (None, None, None) if parallel is None else _parse_shape("--parallel ", parallel)
+    if instances is None and data is not None and pipeline is not None and tensor is not None:
+        instances = -(-data * pipeline * tensor // (devices or 1))
     sections: dict[str, dict[str, object]] = {
-        "engine": {"model": model, "speculation": speculation, "dtype": dtype, "max_batch": max_batch},
+        "engine": {
+            "kind": engine,
+            "url": engine_url,
+            "model": model,
+            "speculation": speculation,
+            "dtype": dtype,
+            "max_batch": max_batch,
+        },
         "gateway": {"port": port, "host": host},
         "controller": {"data": data, "pipeline": pipeline, "tensor": tensor},
         "store": {"url": store},
-        "cloud": {"instances": instances, "restock_s": restock},
+        "cloud": {"instances": instances, "devices": devices, "restock_s": restock},
     }
     settings = load_settings(**sections)
-    if settings.controller.pipeline * settings.controller.tensor > 1:
-        raise ConfigError(f"--parallel {parallel}: this version runs replicas of one stage and one shard (D,1,1)")
+    if settings.engine.kind == "openai" and settings.controller.pipeline * settings.controller.tensor * settings.cloud.devices > 1:
+        raise ConfigError("--engine openai: a server is taken whole, so --parallel must be D,1,1 and cloud.devices 1")
     if detach:
         if settings.gateway.port == 0:
             raise ConfigError("--detach needs a fixed --port: it is how the other commands find the system")
@@ -116,15 +137,16 @@ def up(
         run_local_system(settings, console)
 
 
-def _parse_parallel(text: str | None) -> tuple[int | None, int | None, int | None]:
-    if text is None:
-        return None, None, None
-    parts = text.split(",")
+def _parse_shape(option: str, text: str) -> tuple[int | None, int, int]:
+    """Replicas (None: as many as the devices allow), stages and shards."""
     try:
-        data, pipeline, tensor = (None if part == "auto" else int(part) for part in parts)
+        data, pipeline, tensor = text.split(",")
+        shape = None if data == "auto" else int(data), int(pipeline), int(tensor)
     except ValueError as error:
-        raise ConfigError(f"--parallel {text}: expected three numbers D,P,M such as 4,1,1 or auto,1,1") from error
-    return data, pipeline, tensor
+        raise ConfigError(f"{option}{text}: expected three numbers D,P,M such as 4,1,1 or auto,1,1") from error
+    if min(number for number in shape if number is not None) < 1:
+        raise ConfigError(f"{option}{text}: expected numbers of at least 1")
+    return shape
 
 
 def _start_in_background(port: int, arguments: list[str]) -> str:
@@ -255,6 +277,67 @@ def preempt(
 
 
 @app.command()
+def reshape(
+    shape: Annotated[
+        str, typer.Argument(metavar="D,P,M", help="Replicas, pipeline stages, tensor shards; D may be 'auto'.", show_default=False)
+    ],
+    wait: Annotated[bool, typer.Option(help="Return only when the new shape serves and the old one is gone.")] = True,
+    url: UrlOption = DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer, and what was moved, as JSON.")] = False,
+) -> None:
+    """Change the shape of a running system: it serves on while its weights and its sequences move."""
+    data, pipeline, tensor = _parse_shape("", shape)
+    known_epochs = {item["epoch"] for item in _get(url, "/status")["migrations"]}
+    last_event = max((event["seq"] for event in _get(url, "/admin/events")["events"]), default=0)
+    answer = _post(url, "/admin/reshape", {"data": data, "pipeline": pipeline, "tensor": tensor})
+    if wait:
+        changes = [item for item in _wait_for_shape(url, last_event)["migrations"] if item["epoch"] not in known_epochs]
+        answer |= {"migration": changes[-1] if changes else None}
+    if as_json:
+        console.print_json(data=answer)
+    elif not wait:
+        console.print(f"{shape} is on its way")
+    elif answer["migration"] is None:
+        console.print(f"{shape} serves; nothing had to change")
+    else:
+        moved = answer["migration"]
+        console.print(
+            f"{shape} serves, {moved['finished_s'] - moved['started_s']:.1f} s after it was asked for; between devices moved "
+            f"{moved['moved_bytes']} bytes of weights (planned: {moved['planned_bytes']}) and {moved['kv_bytes']} bytes of KV"
+        )
+
+
+def _wait_for_shape(url: str, last_event: int) -> Any:
+    """The status document in which nothing but the wanted shape runs. Events after `last_event` say whether it never will."""
+    deadline_s = time.monotonic() + RESHAPE_TIMEOUT_S
+    with errors.status("") as shown:
+        while time.monotonic() < deadline_s:
+            events = _get(url, f"/admin/events?after={last_event}")["events"]
+            failed = [event for event in events if event["kind"] == "failed"]
+            if failed:
+                raise SpotServeError(f"the new shape was given up: {failed[-1]['reason']}")
+            if sum(event["kind"] == "reshape" for event in events) > 1:
+                raise SpotServeError("another shape was asked for meanwhile")
+            document = _get(url, "/status")
+            if _has_settled(document):
+                return document
+            shown.update("; ".join(f"{item['id']} {item['state']}" for item in document["replicas"]))
+            time.sleep(0.1)
+    raise SpotServeError(f"the new shape does not serve after {RESHAPE_TIMEOUT_S:.0f} s: see `spotserve status --url {url}`")
+
+
+def _has_settled(status: dict[str, Any]) -> bool:
+    """Whether replicas of the wanted shape serve, as many as are wanted, and no others are there."""
+    shape = status["shape"]
+    parallel = {"pipeline": shape["pipeline"], "tensor": shape["tensor"]}
+    devices = sum(item["devices"] for item in status["instances"] if item["state"] == "ready")
+    fitting = devices // (shape["pipeline"] * shape["tensor"])
+    wanted = fitting if shape["data"] is None else shape["data"]
+    replicas = status["replicas"]
+    return len(replicas) == wanted > 0 and all(item["state"] == "serving" and item["parallel"] == parallel for item in replicas)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/demo"),
     instances: Annotated[int, typer.Option(help="Instances of the local cluster.")] = 4,
@@ -328,6 +411,35 @@ def replay(
         )
         exit_code = run_replay(options, console)
     raise typer.Exit(exit_code)
+
+
+@bench.command("engine")
+def bench_engine(
+    model: Annotated[
+        str | None, typer.Option(help="A folder in Hugging Face format, or a hub id. Default: the model that ships.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Compute threads.")] = 1,
+    invariant: Annotated[str | None, typer.Option(help="batch (the default) or full: what logits do not depend on.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="none (the default) or int8: weights of linear layers.")] = None,
+    concurrency: Annotated[str, typer.Option(help="Clients of each closed loop.")] = "1,4,16,64",
+    new_tokens: Annotated[int, typer.Option(min=2, help="Output tokens of each request.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Repeats of each loop.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Output tokens per second, waits, and the share of the memory's bandwidth of one replica on this machine."""
+    given = {"model": model, "dtype": dtype, "invariant": invariant, "quantization": quantization}
+    flags = {name: value for name, value in given.items() if value is not None}
+    flags |= {"threads": str(threads), "concurrency": concurrency, "new-tokens": str(new_tokens), "rounds": str(rounds)}
+    command = [
+        sys.executable,
+        "-m",
+        "spotserve.bench.engine",
+        *(part for name, value in flags.items() for part in (f"--{name}", value)),
+    ]
+    # A process of its own: the command line does not load torch, and threads are counted when it starts.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    sys.exit(subprocess.run([*command, *(["--json"] if as_json else [])], env=environment, check=False).returncode)
 
 
 @contextlib.contextmanager

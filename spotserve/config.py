@@ -7,12 +7,15 @@ named by `--config` or `SPOTSERVE_CONFIG`, the default below.
 import os
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError, TomlConfigSettingsSource
 
 from spotserve.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "models" / "target"
 """The small model that ships."""
@@ -24,11 +27,24 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Invariant = Literal["batch", "full"]
+"""What logits do not depend on, to the last bit: `batch`: neighbours in the batch, the cut of prompts, drafts, the cache;
+`full`: the number of stages and shards as well."""
+
+
 class EngineSettings(Section):
     """How one replica computes."""
 
+    kind: Literal["native", "openai"] = "native"
+    """`native`: this project's engine; `openai`: a server with an OpenAI-compatible API at `url`, taken as it is."""
+    url: str | None = None
+    """Of the server, with `kind = "openai"`: `http://127.0.0.1:8001/v1`."""
+    api_key: SecretStr | None = None
+    """What that server wants as `Authorization: Bearer`."""
     model: str = str(DEMO_MODEL)
-    """A local folder in Hugging Face format, or a hub id."""
+    """A local folder in Hugging Face format, a hub id, or `s3://BUCKET/PREFIX`."""
+    tokenizer: str | None = None
+    """A local folder or a hub id that has the tokenizer's files; None: they are with the model. Needed with `s3://`."""
     served_name: str | None = None
     """What clients call the model; None: the last part of `model`."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
@@ -42,7 +58,13 @@ class EngineSettings(Section):
     kv_tokens: int = Field(32_768, ge=64)
     """Tokens that the KV cache holds in all."""
     threads: int = Field(1, ge=1)
-    """Compute threads per instance."""
+    """Compute threads per device."""
+    invariant: Invariant = "batch"
+    """What logits do not depend on, to the last bit."""
+    quantization: Literal["none", "int8"] = "none"
+    """`int8`: weights of linear layers as 8-bit integers with a scale per output, computed in `dtype`."""
+    prefix_cache: bool = True
+    """Whether the KV of prompts and answers is kept, as long as there is room, for requests that begin alike."""
     speculation: str = Field("adaptive", pattern=r"^(off|adaptive|ngram:[1-9][0-9]?)$")
     """`off`; `adaptive`: the system chooses; `DRAFTER:K`: this drafter, at most K tokens per sequence and step."""
 
@@ -52,6 +74,20 @@ class EngineSettings(Section):
         if self.served_name is not None:
             return self.served_name
         return "spotserve-demo" if Path(self.model) == DEMO_MODEL else Path(self.model).name
+
+    def for_worker(self) -> dict[str, object]:
+        """As JSON values, the key in the clear: for the pipe to a worker, and for nothing that is kept or shown."""
+        key = self.api_key.get_secret_value() if self.api_key is not None else None
+        return {**self.model_dump(mode="json"), "api_key": key}
+
+    @model_validator(mode="after")
+    def _server_and_url_belong_together(self) -> Self:
+        if (self.kind == "openai") is not (self.url is not None):
+            raise ValueError(
+                "kind 'openai' (--engine openai) and url (--engine-url URL) belong together: "
+                f"kind is {self.kind!r}, url is {'not given' if self.url is None else 'given'}"
+            )
+        return self
 
 
 class GatewaySettings(Section):
@@ -83,9 +119,9 @@ class ControllerSettings(Section):
     data: int | None = Field(None, ge=1)
     """Replicas wanted; None: as many as the devices allow."""
     pipeline: int = Field(1, ge=1)
-    """Stages of a replica (P). This version runs 1."""
+    """Stages of a replica (P)."""
     tensor: int = Field(1, ge=1)
-    """Shards of a stage (M). This version runs 1."""
+    """Shards of a stage (M)."""
 
 
 class WorkerSettings(Section):
@@ -96,6 +132,9 @@ class WorkerSettings(Section):
     commit_interval_s: float = Field(0.02, ge=0)
     """Least time between two commits of a worker's progress; 0: one per engine step. What a sudden loss of worker and gateway
     together can cost is computing this much again."""
+    rank_silence_s: float = Field(1.0, gt=0)
+    """How long a rank may give no sign of life before its replica is given up. A rank that dies is noticed at once; this is for
+    one that hangs."""
     orphan_s: float = Field(60.0, gt=0)
     """How long a worker without a controller goes on before it leaves."""
     keep_finished_s: float = Field(30.0, gt=0)
@@ -121,6 +160,8 @@ class LocalCloudSettings(Section):
 
     instances: int = Field(2, ge=1, le=256)
     """Instances at the start."""
+    devices: int = Field(1, ge=1, le=16)
+    """Devices of each instance: rank processes that compute side by side."""
     restock_s: float | None = Field(2.0, ge=0)
     """Time until a taken instance's place goes to a new one; None: never (a trace drives the fleet)."""
     zones: tuple[str, ...] = Field(("local-a", "local-b"), min_length=1)
@@ -170,9 +211,15 @@ def load_settings(**sections: dict[str, object]) -> Settings:
     try:
         return Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r})" for item in error.errors())
-        raise ConfigError(problems) from error
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}{_got(item)}" for item in error.errors())
+        raise ConfigError(problems) from None  # the library's message quotes values, and a key may be one of them
     except (SettingsError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(str(error)) from error
     except OSError as error:
         raise ConfigError(f"SPOTSERVE_CONFIG={os.environ.get('SPOTSERVE_CONFIG')}: {error}") from error
+
+
+def _got(problem: "ErrorDetails") -> str:
+    """The offending value, unless it is a secret or may hold one."""
+    value, name = problem["input"], problem["loc"][-1]
+    return "" if name == "api_key" or isinstance(value, dict) else f" (got {value!r})"

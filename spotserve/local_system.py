@@ -136,13 +136,27 @@ class _LocalSystem:
             web.should_exit = True
 
     def _make_cloud(self, folder: SystemFolder) -> LocalCloud:
-        sections = {name: getattr(self._settings, name).model_dump(mode="json") for name in ("engine", "worker", "store")}
+        sections = {name: getattr(self._settings, name).model_dump(mode="json") for name in ("worker", "store")}
+        sections["engine"] = self._settings.engine.for_worker()
 
         def start_options(instance_id: str, spot: bool, zone: str) -> WorkerOptions:
-            return WorkerOptions(instance_id=instance_id, spot=spot, zone=zone, system_folder=str(folder.path), **sections)
+            return WorkerOptions(
+                instance_id=instance_id,
+                spot=spot,
+                zone=zone,
+                system_folder=str(folder.path),
+                devices=self._settings.cloud.devices,
+                **sections,
+            )
 
         threads = str(self._settings.engine.threads)
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "2",  # glibc would give every thread that brings a slot up an arena, and keep it
+        }
         nursery = NurseryProcess([sys.executable, "-m", "spotserve.worker.nursery"], environment, folder.log_path("nursery"))
         return LocalCloud(
             self._settings.cloud,
@@ -155,7 +169,7 @@ class _LocalSystem:
         )
 
     def _make_web(self, relay: Relay, cloud: LocalCloud, secret: str) -> FastAPI:
-        tokenizer = load_tokenizer(self._settings.engine.model)
+        tokenizer = load_tokenizer(self._settings.engine.tokenizer or self._settings.engine.model)
         web = create_app(relay, self._settings.gateway, tokenizer, model_name=self._settings.engine.model_name)
         web.include_router(create_router(self._controller, cloud, secret=secret, status=self._status, metrics=self._metrics))
         return web

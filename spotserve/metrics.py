@@ -17,6 +17,7 @@ class Metrics:
         self.tokens_recomputed = self._counter(
             "tokens_recomputed_total", "Tokens computed again because an interruption lost their KV"
         )
+        self.prefix_cached_tokens = self._counter("prefix_cached_tokens_total", "Tokens whose KV was found in a prefix cache")
         self.draft_tokens = self._counter("draft_tokens_total", "Draft tokens that the target verified")
         self.accepted_tokens = self._counter("accepted_draft_tokens_total", "Draft tokens that the target accepted")
         self.sequences_resumed = self._counter(

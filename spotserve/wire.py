@@ -7,8 +7,6 @@ once, that the other one is gone. Knows nothing of what the messages mean.
 """
 
 import asyncio
-import hmac
-import secrets
 import struct
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
@@ -16,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from spotserve.core.errors import ChannelClosed, WireError
-from spotserve.core.messages import PROTOCOL_VERSION
+from spotserve.handshake import GREETING_BYTES, PROOF_BYTES, Handshake
 
 MAX_FRAME_BYTES = 64 * 2**20
 """A larger frame is refused: bulk data travels in parts."""
@@ -27,8 +25,6 @@ MAX_UNSENT_BYTES = 256 * 2**20
 HANDSHAKE_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0
 
-_MAGIC = b"SPOTSERVE"
-_GREETING = struct.Struct(f">{len(_MAGIC)}sH16s")
 _LENGTH = struct.Struct(">I")
 _encoder = msgspec.msgpack.Encoder()
 
@@ -101,28 +97,11 @@ class Channel(Generic[Inbound]):
         self._writer.close()
 
 
-def _proof(secret: str, role: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    return hmac.digest(secret.encode(), role + client_nonce + server_nonce, "sha256")
-
-
-async def _read_greeting(reader: asyncio.StreamReader) -> bytes:
-    magic, version, nonce = _GREETING.unpack(await reader.readexactly(_GREETING.size))
-    if magic != _MAGIC:
-        raise WireError("the other end does not speak this protocol")
-    if version != PROTOCOL_VERSION:
-        raise WireError(f"the other end speaks protocol version {version}, this one {PROTOCOL_VERSION}: upgrade the older one")
-    return bytes(nonce)
-
-
 async def _handshake(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: str, *, is_server: bool) -> None:
-    own_nonce = secrets.token_bytes(16)
-    writer.write(_GREETING.pack(_MAGIC, PROTOCOL_VERSION, own_nonce))
-    other_nonce = await _read_greeting(reader)
-    nonces = (other_nonce, own_nonce) if is_server else (own_nonce, other_nonce)
-    own_role, other_role = (b"server", b"client") if is_server else (b"client", b"server")
-    writer.write(_proof(secret, own_role, *nonces))
-    if not hmac.compare_digest(await reader.readexactly(32), _proof(secret, other_role, *nonces)):
-        raise WireError("the other end does not know the shared secret")
+    handshake = Handshake(secret, is_server=is_server)
+    writer.write(handshake.greeting())
+    writer.write(handshake.prove(await reader.readexactly(GREETING_BYTES)))
+    handshake.check(await reader.readexactly(PROOF_BYTES))
 
 
 async def connect(host: str, port: int, *, secret: str, inbound: Any) -> Channel[Any]:

@@ -15,7 +15,7 @@ from spotserve import cli
 from spotserve.core.messages import Address
 from spotserve.system_folder import SystemFolder, SystemRecord
 
-VERBS = ["up", "down", "status", "preempt", "demo", "replay"]
+VERBS = ["up", "down", "status", "preempt", "reshape", "demo", "replay"]
 
 STATUS: dict[str, Any] = {
     "epoch": 4,
@@ -32,6 +32,8 @@ STATUS: dict[str, Any] = {
         }
     ],
     "requests": {"queued": 0, "running": 2},
+    "shape": {"data": 1, "pipeline": 1, "tensor": 1},
+    "migrations": [],
     "store": {"url": "sqlite:///x", "healthy": True},
 }
 DECISIONS = {"decisions": [{"time_s": 0.0, "cause": "Tick", "reason": "brackets [/are] no markup"}]}
@@ -41,16 +43,37 @@ class System(http.server.BaseHTTPRequestHandler):
     """A system that answers what its commands ask."""
 
     heard: list[tuple[str, str | None, Any]]
+    events: list[dict[str, Any]]
+    migrations: list[dict[str, Any]]
 
     def do_GET(self) -> None:
-        known = {"/status": STATUS, "/decisions?limit=5": DECISIONS}
+        after = self.path.partition("after=")[2] or 0
+        events = {"events": [event for event in self.events if event["seq"] > int(after)]}
+        known: dict[str, Any] = {"/status": STATUS | {"migrations": self.migrations}, "/decisions?limit=5": DECISIONS}
+        known |= {self.path: events} if self.path.startswith("/admin/events") else {}
         self._answer(200 if self.path in known else 404, json.dumps(known.get(self.path, {"error": self.path})))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.heard.append((self.path, self.headers["authorization"], body))
+        if self.path == "/admin/reshape":
+            self._reshape(body)
+            return
         known = body["instance"] == "i-1"
         self._answer(200 if known else 404, json.dumps(body | {"deadline_s": 5.0} if known else {"error": "no instance"}))
+
+    def _reshape(self, body: dict[str, Any]) -> None:
+        """Two replicas do not fit; two stages cannot be brought up; one shard is brought up."""
+        if body["data"] == 2:
+            self._answer(409, json.dumps({"detail": "2,1,1 takes 2 devices, there is 1"}))
+            return
+        self.events.append({"seq": 2, "kind": "reshape"})
+        if body["pipeline"] == 2:
+            self.events.append({"seq": 3, "kind": "failed", "reason": "no such layer"})
+        self.migrations.append(
+            {"epoch": 5, "started_s": 1.0, "finished_s": 3.5, "planned_bytes": 7, "moved_bytes": 7, "kv_bytes": 9}
+        )
+        self._answer(200, json.dumps({"epoch": 5}))
 
     def _answer(self, status: int, text: str) -> None:
         self.send_response(status)
@@ -65,7 +88,9 @@ class System(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """URL of a running system whose folder this machine has."""
-    handler = type("Handler", (System,), {"heard": []})
+    handler = type(
+        "Handler", (System,), {"heard": [], "events": [{"seq": 1, "kind": "failed", "reason": "long ago"}], "migrations": []}
+    )
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     serving.start()
@@ -119,7 +144,12 @@ def test_wrong_use_ends_with_2(arguments: list[str]) -> None:
         (["up", "--port", "70000"], "gateway.port"),
         (["up", "--parallel", "1,1"], "--parallel 1,1"),
         (["up", "--parallel", "[/]"], "--parallel [/]"),
-        (["up", "--parallel", "1,2,2"], "one stage and one shard"),
+        (["up", "--parallel", "1,0,2"], "--parallel 1,0,2"),
+        (["reshape", "1,auto,1"], "1,auto,1"),
+        (["up", "--engine", "openai"], "--engine-url"),
+        (["up", "--engine-url", "http://127.0.0.1:1/v1"], "--engine openai"),
+        (["up", "--engine", "magic"], "engine.kind"),
+        (["up", "--engine", "openai", "--engine-url", "http://h/v1", "--parallel", "1,1,2"], "taken whole"),
         (["up", "--speculation", "magic"], "engine.speculation"),
         (["up", "--dtype", "int4"], "engine.dtype"),
         (["up", "--detach", "--port", "0"], "--port"),
@@ -163,6 +193,23 @@ def test_preempt_pulls_the_lever_with_the_secret(system: str) -> None:
 def test_an_unknown_instance_is_an_error(system: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     assert run("preempt", "i-9", "--now", "--url", system, monkeypatch=monkeypatch) == 1
     assert "404" in capfd.readouterr().err
+
+
+def test_reshape_waits_and_tells_what_moved(system: str) -> None:
+    output = CliRunner().invoke(cli.app, ["reshape", "auto,1,1", "--url", system]).output.replace("\n", "")
+    assert "2.5 s" in output and "7 bytes of weights (planned: 7) and 9 bytes of KV" in output
+    answer = json.loads(CliRunner().invoke(cli.app, ["reshape", "1,1,1", "--no-wait", "--json", "--url", system]).output)
+    assert answer == {"epoch": 5}
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"), [("2,1,1", "2,1,1 takes 2 devices, there is 1"), ("1,2,1", "the new shape was given up: no such layer")]
+)
+def test_a_shape_that_cannot_be_had_is_an_error(
+    shape: str, says: str, system: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("reshape", shape, "--url", system, monkeypatch=monkeypatch) == 1
+    assert says in capfd.readouterr().err
 
 
 def test_down_without_a_system_says_so() -> None:

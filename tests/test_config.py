@@ -1,12 +1,18 @@
 """Where settings come from, which of them wins, and that every mistake is named."""
 
+import subprocess
+import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from pydantic import ValidationError
 
 from spotserve.config import DEMO_MODEL, EngineSettings, load_settings
 from spotserve.core.errors import ConfigError
+from spotserve.worker.options import WorkerOptions
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +82,48 @@ def test_the_served_name() -> None:
     assert EngineSettings(model=str(DEMO_MODEL)).model_name == "spotserve-demo"
     assert EngineSettings(model="meta/llama").model_name == "llama"
     assert EngineSettings(model="meta/llama", served_name="mine").model_name == "mine"
+
+
+KEY = "sk-nobody-may-see-this"
+
+
+def remote(**settings: object) -> EngineSettings:
+    return EngineSettings.model_validate({"kind": "openai", "url": "http://127.0.0.1:1/v1", "api_key": KEY, **settings})
+
+
+def test_a_key_reaches_a_worker_and_nobody_else() -> None:
+    settings = remote()
+    sections: dict[str, Any] = {"engine": settings.for_worker(), "worker": {}, "store": {}}
+    options = WorkerOptions(instance_id="i-1", spot=True, zone="z", system_folder="/tmp", **sections)
+    arrived = msgspec.json.decode(msgspec.json.encode(options), type=WorkerOptions).engine_settings()
+    assert arrived == settings
+    assert arrived.api_key is not None and arrived.api_key.get_secret_value() == KEY
+    shown = (repr(settings), str(settings), repr(options), str(options), f"{options}", str(settings.model_dump(mode="json")))
+    assert not any(KEY in text for text in shown)
+
+
+@pytest.mark.parametrize("wrong", [{"api_key": KEY}, {"api_key": KEY, "kind": "openai"}, {"api_key": KEY, "max_batch": 0}])
+def test_a_mistake_beside_a_key_does_not_say_the_key(wrong: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_settings(engine={**wrong, "url": None if "kind" in wrong else "http://127.0.0.1:1/v1"})
+    told = "".join(traceback.format_exception(refused.value))
+    assert KEY not in told
+    monkeypatch.setenv("SPOTSERVE_ENGINE", f'{{"api_key": ["{KEY}"]}}')
+    with pytest.raises(ConfigError, match=r"engine\.api_key") as refused:
+        load_settings()
+    assert KEY not in "".join(traceback.format_exception(refused.value))
+
+
+@pytest.mark.parametrize("given", [{"kind": "openai"}, {"url": "http://127.0.0.1:1/v1"}])
+def test_a_server_and_its_url_belong_together(given: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="--engine-url"):
+        load_settings(engine=given)
+
+
+def test_a_server_as_engine_needs_no_torch() -> None:
+    program = (
+        "import sys; from spotserve.engine.remote.remote_engine import RemoteEngine; import spotserve.worker.engine_thread; "
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

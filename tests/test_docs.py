@@ -18,9 +18,15 @@ from spotserve.gateway import openai
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "benchmarks/README.md", ROOT / "traces/README.md", *(ROOT / "docs").glob("*.md")])
 COMMANDS = typing.cast("click.Group", typer.main.get_command(app)).commands
-FLAGS = {
-    name: {flag for option in command.params for flag in option.opts + option.secondary_opts} for name, command in COMMANDS.items()
-}
+
+
+def _flags(command: click.Command) -> set[str]:
+    """Of a verb; of a group of verbs, of all of them."""
+    own = {flag for option in command.params for flag in option.opts + option.secondary_opts}
+    return own.union(*(_flags(one) for one in getattr(command, "commands", {}).values()))
+
+
+FLAGS = {name: _flags(command) for name, command in COMMANDS.items()}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -80,9 +86,9 @@ def test_every_flag_is_documented_under_its_verb(verb: str) -> None:
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
     for page in PAGES:
-        assert set(re.findall(r"(?:`|^)make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE)) <= targets, page
+        assert set(re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE)) <= targets, page
 
 
 def test_tables_of_settings_and_metrics_are_those_of_the_code() -> None:

@@ -12,12 +12,17 @@ from fastapi import APIRouter, Body, Depends, HTTPException, Request, Response
 
 from spotserve.cloud.local import LocalCloud
 from spotserve.controller.controller import Controller
+from spotserve.controller.records import Replica
 from spotserve.core.cluster import InstanceState, ReplicaState
+from spotserve.core.cut import misfit, stage_cuts
 from spotserve.core.errors import CloudError
+from spotserve.core.messages import Reshape
 from spotserve.metrics import Metrics
 
 MAX_GRACE_S = 3600.0
 MAX_LAUNCH = 64
+MAX_DEGREE = 1024
+MIGRATIONS_SHOWN = 20
 
 
 def status_of(controller: Controller, *, model_name: str, store_url: str, store_healthy: bool) -> dict[str, Any]:
@@ -35,7 +40,7 @@ def status_of(controller: Controller, *, model_name: str, store_url: str, store_
                 "id": instance.instance_id,
                 "state": instance.state.value,
                 "pid": instance.pid,
-                "devices": instance.num_devices,
+                "devices": len(instance.devices),
                 "spot": instance.spot,
                 "zone": instance.zone,
                 "deadline_s": instance.notice.deadline_s if instance.notice is not None else None,
@@ -49,7 +54,12 @@ def status_of(controller: Controller, *, model_name: str, store_url: str, store_
                 "state": replica.state.value,
                 "parallel": {"pipeline": replica.plan.parallel.pipeline, "tensor": replica.plan.parallel.tensor},
                 "instances": list(replica.instance_ids),
-                **_load_of(controller, replica.instance_ids),
+                "slots": [
+                    {"stage": slot.stage, "shard": slot.shard, "instance": device.instance_id, "device": device.index}
+                    for slot, device in sorted(replica.devices.items())
+                ],
+                "layers": _layers_of(controller, replica),
+                **_load_of(controller, replica.leader_id),
             }
             for replica in state.replicas.values()
         ],
@@ -64,14 +74,36 @@ def status_of(controller: Controller, *, model_name: str, store_url: str, store_
         },
         "arithmetic": {
             "emitted_tokens_change": "never",
-            "invariant": "batch, where the kernels allow",
-            "across_parallel_configurations": False,
+            "invariant": state.invariant,
+            "across_parallel_configurations": state.invariant == "full",
         },
+        "shape": {"data": state.wanted.data, "pipeline": state.wanted.pipeline, "tensor": state.wanted.tensor},
+        "migrations": [
+            {
+                "epoch": change.epoch,
+                "reason": change.reason,
+                "planned_bytes": change.planned_bytes,
+                "moved_bytes": change.moved_bytes,
+                "kv_bytes": change.kv_bytes,
+                "started_s": change.started_s,
+                "switched_s": change.switched_s,
+                "finished_s": change.finished_s,
+            }
+            for change in list(state.changes)[-MIGRATIONS_SHOWN:]
+        ],
     }
 
 
-def _load_of(controller: Controller, instance_ids: tuple[str, ...]) -> dict[str, int]:
-    leader = controller.state.instances.get(instance_ids[0]) if instance_ids else None
+def _layers_of(controller: Controller, replica: Replica) -> list[list[int]]:
+    """First decoder layer of each stage, and the first one after it."""
+    model, pipeline = controller.state.model, replica.plan.parallel.pipeline
+    if model is None or misfit(model, pipeline, replica.plan.parallel.tensor) is not None:
+        return []
+    return [[layers.start, layers.stop] for layers in stage_cuts(model, pipeline)]
+
+
+def _load_of(controller: Controller, leader_id: str | None) -> dict[str, int]:
+    leader = controller.state.instances.get(leader_id or "")
     heartbeat = leader.heartbeat if leader is not None else None
     return {"running": heartbeat.running if heartbeat else 0, "waiting": heartbeat.waiting if heartbeat else 0}
 
@@ -137,6 +169,20 @@ def create_router(
             return {"instance": instance, "deadline_s": cloud.preempt(instance, grace_s=grace_s)}
         except CloudError as error:
             raise HTTPException(404, str(error)) from error
+
+    @router.post("/admin/reshape", dependencies=lever)
+    async def reshape(
+        pipeline: Annotated[int, Body(ge=1, le=MAX_DEGREE)],
+        tensor: Annotated[int, Body(ge=1, le=MAX_DEGREE)],
+        data: Annotated[int | None, Body(ge=1, le=MAX_DEGREE)] = None,
+    ) -> dict[str, Any]:
+        """Wants another shape from now on; `data` null: as many replicas as the devices allow."""
+        wanted = Reshape(data=data, pipeline=pipeline, tensor=tensor)
+        why_not = controller.state.refusal(wanted)
+        if why_not is not None:
+            raise HTTPException(409, why_not)
+        controller.dispatch(wanted)
+        return {"epoch": controller.state.plan.epoch if controller.state.plan is not None else 0}
 
     @router.post("/admin/launch", dependencies=lever)
     async def launch(count: Annotated[int, Body(ge=1, le=MAX_LAUNCH)], spot: Annotated[bool, Body()] = True) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from spotserve.core.errors import ChannelClosed, CloudError
 from spotserve.core.messages import (
     Activate,
     Command,
+    Deactivate,
     Drain,
     Launch,
     Publish,
@@ -40,7 +41,7 @@ class Executor:
                 case Publish():
                     for gateway_id in tuple(self._gateways):
                         self._publish(gateway_id, command.table)
-                case Activate() | Drain() | Undrain() | Stop():
+                case Activate() | Deactivate() | Drain() | Undrain() | Stop():
                     self._command(command)
                 case Launch():
                     self._start(self._launch(command))

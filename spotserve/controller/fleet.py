@@ -1,109 +1,149 @@
-"""What the controller knows of instances and replicas. Plain records; `controller.state` is their one owner."""
+"""All instances and replicas, and what can be read off them. The one owner of both."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
-from spotserve.core.cluster import (
-    INSTANCE_TRANSITIONS,
-    REPLICA_TRANSITIONS,
-    DeviceId,
-    InstanceState,
-    Notice,
-    ReplicaState,
-    advance,
-)
-from spotserve.core.messages import Address, Heartbeat, HeldSlot, Route
-from spotserve.core.plan import ReplicaPlan, Slot
+from spotserve.controller.records import Instance, Replica
+from spotserve.core.cluster import DeviceId, InstanceState, ReplicaState
+from spotserve.core.messages import Address, Deactivate, HeldSlot
+from spotserve.core.model import ModelSpec
+from spotserve.core.plan import Slot
+from spotserve.migration.schedule import Destination, InstanceSpeed
+from spotserve.planner.planner import number_of
 
-
-@dataclass(slots=True)
-class Instance:
-    """One rented machine."""
-
-    instance_id: str
-    spot: bool
-    zone: str
-    usd_per_hour: float
-    state: InstanceState = InstanceState.PENDING
-    pid: int | None = None
-    """None: its worker has not registered."""
-    address: Address | None = None
-    num_devices: int = 0
-    held: tuple[HeldSlot, ...] = ()
-    notice: Notice | None = None
-    heartbeat: Heartbeat | None = None
-    last_heard_s: float = 0.0
-
-    def move_to(self, target: InstanceState) -> None:
-        """Next state of its life.
-
-        Raises:
-            IllegalTransition: the table does not allow it.
-        """
-        self.state = advance(INSTANCE_TRANSITIONS, self.state, target)
-
-    @property
-    def devices(self) -> tuple[DeviceId, ...]:
-        """All of its devices."""
-        return tuple(DeviceId(self.instance_id, index) for index in range(self.num_devices))
+LINK_BYTES_PER_S = 200e6
+"""What one worker moves to another until it has been measured: half of what one loopback stream of small frames gives."""
 
 
-@dataclass(slots=True)
-class Replica:
-    """One replica of the current plan, or one that is on its way out."""
+class Fleet:
+    """The fleet as the controller knows it."""
 
-    plan: ReplicaPlan
-    devices: dict[Slot, DeviceId]
-    state: ReplicaState = ReplicaState.LOADING
-    ready_slots: set[Slot] = field(default_factory=set)
+    def __init__(self) -> None:
+        self.instances: dict[str, Instance] = {}
+        self.replicas: dict[str, Replica] = {}
+        self.model: ModelSpec | None = None
+        self.dropped: set[str] = set()
+        """Replicas that have ended; a worker that still reports a part of one has not heard it yet."""
 
-    def move_to(self, target: ReplicaState) -> None:
-        """Next state of its life.
+    # ------------------------------------------------------------------ instances and devices
 
-        Raises:
-            IllegalTransition: the table does not allow it.
-        """
-        self.state = advance(REPLICA_TRANSITIONS, self.state, target)
+    def alive(self) -> list[Instance]:
+        """Instances that are not gone."""
+        return [instance for instance in self.instances.values() if instance.state is not InstanceState.GONE]
 
-    @property
-    def replica_id(self) -> str:
-        """Its name in plan, routing table and metrics."""
-        return self.plan.replica_id
+    def ready_devices(self) -> list[DeviceId]:
+        """Devices that are there to stay."""
+        return [device for instance in self.alive() if instance.state is InstanceState.READY for device in instance.devices]
 
-    @property
-    def instance_ids(self) -> tuple[str, ...]:
-        """Instances that hold a part of it, first stage first."""
-        return tuple(dict.fromkeys(device.instance_id for _, device in sorted(self.devices.items())))
+    def held(self) -> dict[DeviceId, Sequence[HeldSlot]]:
+        """What every device that can be reached has in memory."""
+        return {device: instance.held.get(device.index, ()) for instance in self.alive() for device in instance.devices}
 
-    def route(self, address: Address) -> Route:
-        """How gateways reach it, given the address of its first instance."""
-        return Route(
-            replica_id=self.replica_id,
-            instance_id=self.instance_ids[0],
-            address=address,
-            state=self.state,
-            max_batch=self.plan.parallel.max_batch,
+    def ranks(self) -> dict[DeviceId, Address]:
+        """Where the rank of every device listens."""
+        return {device: instance.ranks[device.index] for instance in self.alive() for device in instance.devices}
+
+    # ------------------------------------------------------------------ replicas
+
+    def in_state(self, state: ReplicaState) -> list[Replica]:
+        """Replicas in this state, oldest first."""
+        found = [replica for replica in self.replicas.values() if replica.state is state]
+        return sorted(found, key=lambda each: number_of(each.replica_id))
+
+    def replicas_on(self, instance_id: str) -> list[Replica]:
+        """Replicas with a slot on this instance."""
+        return [replica for replica in self.replicas.values() if instance_id in replica.instance_ids]
+
+    def on_devices(self, devices: Iterable[DeviceId]) -> list[Replica]:
+        """Replicas with a slot on one of these devices."""
+        wanted = set(devices)
+        return [replica for replica in self.replicas.values() if not wanted.isdisjoint(replica.devices.values())]
+
+    def is_undisturbed(self, replica: Replica) -> bool:
+        """Whether all machines of a replica are there to stay."""
+        known = (self.instances.get(instance_id) for instance_id in replica.instance_ids)
+        return all(instance is not None and instance.state is InstanceState.READY for instance in known)
+
+    def leader_of(self, replica: Replica) -> Instance | None:
+        """The instance that takes a replica's requests, when it can be reached."""
+        leader = self.instances.get(replica.leader_id or "")
+        return leader if leader is not None and leader.address is not None else None
+
+    def note_ready(self, replica: Replica, slot: Slot) -> None:
+        """A device holds the weights of its slot. What it held for slots that have ended it keeps no longer."""
+        replica.ready_slots.add(slot)
+        self._keep_what_is_used(replica.devices[slot])
+
+    def drop(self, replica: Replica, *, but: Slot | None = None) -> list[Deactivate]:
+        """Forgets a replica; what its devices are to be told, except the one of slot `but`."""
+        replica.move_to(ReplicaState.STOPPED)
+        del self.replicas[replica.replica_id]
+        self.dropped.add(replica.replica_id)
+        told = []
+        for slot, device in sorted(replica.devices.items()):
+            if self.instances[device.instance_id].state is InstanceState.GONE:
+                continue
+            self._keep_what_is_used(device)
+            if slot != but:
+                told.append(Deactivate(instance_id=device.instance_id, device_index=device.index, slot=slot))
+        return told
+
+    def _keep_what_is_used(self, device: DeviceId) -> None:
+        """A device has the weights of its ready slots; when there are none, it keeps what it had."""
+        used = tuple(
+            HeldSlot(device.index, slot, replica.plan.parallel.pipeline, replica.plan.parallel.tensor)
+            for replica in self.replicas.values()
+            for slot in sorted(replica.ready_slots)
+            if replica.devices[slot] == device
         )
+        if used:
+            self.instances[device.instance_id].held[device.index] = used
+
+    # ------------------------------------------------------------------ load
+
+    def load_of(self, replica: Replica) -> tuple[int, int, int]:
+        """Sequences of a replica, their context tokens, and tokens in its KV cache, as its leader's last heartbeat tells.
+
+        A heartbeat counts for all replicas that the instance leads, in equal parts; one that began to serve after it has none.
+        """
+        leader = self.leader_of(replica)
+        if leader is None or leader.heartbeat is None or replica.serving_since_s >= leader.last_heard_s:
+            return 0, 0, 0
+        sharing = sum(
+            other.leader_id == leader.instance_id
+            and other.state in (ReplicaState.SERVING, ReplicaState.DRAINING)
+            and other.serving_since_s < leader.last_heard_s
+            for other in self.replicas.values()
+        )
+        heartbeat, share = leader.heartbeat, max(1, sharing)
+        context_tokens = sum(sequence.context_tokens for sequence in heartbeat.sequences)
+        return -(-(heartbeat.running + heartbeat.waiting) // share), context_tokens // share, heartbeat.kv_tokens_used // share
+
+    def destinations(self) -> list[Destination]:
+        """Replicas that can take sequences over."""
+        destinations = []
+        for replica in self.in_state(ReplicaState.SERVING):
+            leader = self.leader_of(replica)
+            if leader is None or leader.address is None:
+                continue
+            num_sequences, context_tokens, _ = self.load_of(replica)
+            destinations.append(
+                Destination(
+                    replica_id=replica.replica_id,
+                    instance_id=leader.instance_id,
+                    address=leader.address,
+                    free_sequences=max(0, replica.plan.parallel.max_batch - num_sequences),
+                    speed=speed_of(leader),
+                    context_tokens=context_tokens,
+                )
+            )
+        return destinations
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """One turn of the state: what happened, what was decided, and why."""
-
-    number: int
-    time_s: float
-    cause: str
-    """The event, and whom it is about."""
-    commands: tuple[str, ...]
-    """Printable commands that follow."""
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class FleetEvent:
-    """One thing that happened to the fleet, for timelines and reports."""
-
-    seq: int
-    time_s: float
-    kind: str
-    instance: str
-    detail: dict[str, object]
+def speed_of(instance: Instance) -> InstanceSpeed:
+    """What heartbeats say of an instance's speed; 0 where nothing is known yet."""
+    heartbeat = instance.heartbeat
+    return InstanceSpeed(
+        step_s=heartbeat.step_s if heartbeat is not None else 0.0,
+        prefill_tokens_per_s=heartbeat.prefill_tokens_per_s if heartbeat is not None else 0.0,
+        link_bytes_per_s=LINK_BYTES_PER_S,
+    )

@@ -11,6 +11,7 @@
     |-- CloudError             a provider refused or failed
     |-- WireError              another process sent what this one does not accept
     |   `-- ChannelClosed      the other process is gone, or hung up
+    |-- PeerLost               another rank of the replica is gone, hangs or broke off
     `-- TraceError             a trace file does not say what its format promises
 
 An `AssertionError` or `IllegalTransition` is a bug of ours; all of the above are the world's doing.
@@ -72,6 +73,10 @@ class WireError(SpotServeError):
 
 class ChannelClosed(WireError):
     """The process at the other end is gone, or hung up."""
+
+
+class PeerLost(SpotServeError):
+    """Another rank of the replica is gone, hangs or broke off: what was being computed with it is lost."""
 
 
 class TraceError(SpotServeError):

@@ -20,12 +20,12 @@ from typing import TypeAlias
 
 import msgspec
 
-from spotserve.core.cluster import Notice, ReplicaState
+from spotserve.core.cluster import DeviceId, Notice, ReplicaState
 from spotserve.core.model import ModelSpec
-from spotserve.core.plan import ReplicaPlan, Slot
+from spotserve.core.plan import Parallel, ReplicaPlan, Slot
 from spotserve.core.request import Request, TokenDelta
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -55,7 +55,10 @@ class SequenceReport(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HeldSlot(msgspec.Struct, frozen=True, array_like=True):
-    """Weights that a device has in memory: those of `slot` in a replica of P = `pipeline` stages and M = `tensor` shards."""
+    """Weights that a device has in memory: those of `slot` in a replica of P = `pipeline` stages and M = `tensor` shards.
+
+    While a device is re-cut it has two: the slot that still serves, and the one that will.
+    """
 
     device_index: int
     slot: Slot
@@ -69,7 +72,8 @@ class Registered(Message, frozen=True):
     instance_id: str
     address: Address
     pid: int
-    num_devices: int
+    ranks: tuple[Address, ...]
+    """Where the rank of each of its devices listens for other ranks."""
     spot: bool
     zone: str
     replicas: tuple[ReplicaPlan, ...] = ()
@@ -96,22 +100,30 @@ class Heartbeat(Message, frozen=True):
     sequences: tuple[SequenceReport, ...]
 
 
-class ReplicaReady(Message, frozen=True):
-    """A replica holds its weights and takes requests."""
+class SlotReady(Message, frozen=True):
+    """A device holds the weights of its slot and is joined to the other ranks of its replica."""
 
     instance_id: str
-    replica_id: str
+    device_index: int
+    slot: Slot
     plan_epoch: int
     model: ModelSpec
+    pulled_bytes: int
+    """Weights that came from other devices; what the device had already, and what came from files, does not count."""
+    invariant: str
+    """What its arithmetic keeps bit-equal: a name of `config.Invariant`."""
 
 
-class ReplicaFailed(Message, frozen=True):
-    """A replica could not be brought up."""
+class SlotFailed(Message, frozen=True):
+    """A device cannot serve its slot: it could not be brought up, or another rank of its replica was lost."""
 
     instance_id: str
-    replica_id: str
+    device_index: int
+    slot: Slot
     plan_epoch: int
     reason: str
+    is_permanent: bool
+    """Whether trying again is pointless (the model cannot be served) or not (a peer was lost)."""
 
 
 class SequenceMoved(Message, frozen=True):
@@ -121,6 +133,7 @@ class SequenceMoved(Message, frozen=True):
     request_id: str
     destination_replica_id: str
     kv_bytes: int
+    """That went from one device to another; what was on its device already does not count."""
     seconds: float
 
 
@@ -131,7 +144,7 @@ class Drained(Message, frozen=True):
     replica_id: str
 
 
-WorkerEvent: TypeAlias = Registered | Heartbeat | ReplicaReady | ReplicaFailed | SequenceMoved | Drained
+WorkerEvent: TypeAlias = Registered | Heartbeat | SlotReady | SlotFailed | SequenceMoved | Drained
 
 # --------------------------------------------------------------------------- cloud -> controller
 
@@ -162,11 +175,20 @@ class NoticeReceived(Message, frozen=True):
     notice: Notice
 
 
+class Reshape(Message, frozen=True):
+    """The user wants another shape from now on."""
+
+    data: int | None
+    """Replicas; None: as many as the devices allow."""
+    pipeline: int
+    tensor: int
+
+
 class Tick(Message, frozen=True):
     """Time has passed; sent when a deadline that the state asked for is reached."""
 
 
-CloudEvent: TypeAlias = InstanceLaunched | InstanceLost | NoticeReceived | Tick
+CloudEvent: TypeAlias = InstanceLaunched | InstanceLost | NoticeReceived | Reshape | Tick
 
 # --------------------------------------------------------------------------- controller -> worker
 
@@ -193,14 +215,48 @@ class SequenceOrder(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     reason: str
 
 
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """One slot of a replica, the device that has it, and where that device's rank listens."""
+
+    slot: Slot
+    device: DeviceId
+    rank: Address
+
+
+class WeightTransfer(msgspec.Struct, frozen=True, array_like=True):
+    """Take from `source` what you lack of one layer and it has. Transfers are carried out in the order in which they are listed."""
+
+    layer: int
+    """Index of a decoder layer, or a pseudo-layer of `core.cut`."""
+    source: DeviceId
+    rank: Address
+    """Where the source's rank listens."""
+    num_bytes: int
+    """What that comes to."""
+
+
 class Activate(Message, frozen=True):
-    """Load what `slot` needs and serve it."""
+    """Bring up `slot` of `replica` on a device, beside what it serves now, and join the other ranks.
+
+    What the device has already is shared, then `transfers` are carried out, and what is still missing is read from files.
+    """
 
     instance_id: str
     device_index: int
     replica: ReplicaPlan
     slot: Slot
     plan_epoch: int
+    members: tuple[Member, ...]
+    """Every slot of the replica, stage by stage. The instance of the first one schedules for all."""
+    transfers: tuple[WeightTransfer, ...] = ()
+
+
+class Deactivate(Message, frozen=True):
+    """Leave `slot`: its replica has ended. Weights stay until the device has another slot to serve."""
+
+    instance_id: str
+    device_index: int
+    slot: Slot
 
 
 class Drain(Message, frozen=True):
@@ -228,7 +284,7 @@ class Stop(Message, frozen=True):
     instance_id: str
 
 
-WorkerCommand: TypeAlias = Activate | Drain | Undrain | Stop
+WorkerCommand: TypeAlias = Activate | Deactivate | Drain | Undrain | Stop
 
 # --------------------------------------------------------------------------- controller -> cloud and gateway
 
@@ -377,8 +433,19 @@ WorkerReply: TypeAlias = Deltas | Released | Moved | ClaimAnswered
 # --------------------------------------------------------------------------- worker <-> worker
 
 
+class KvHolder(msgspec.Struct, frozen=True, array_like=True):
+    """A rank that has part of a sequence's KV, and where it listens."""
+
+    stage: int
+    shard: int
+    rank: Address
+
+
 class HandOver(Message, frozen=True):
-    """A sequence on its way to its next owner; `num_parts` messages with its KV follow."""
+    """A sequence on its way to its next owner, whose ranks pull its KV from the ranks of the old one.
+
+    The old owner has stopped computing it and keeps its KV until it has the answer.
+    """
 
     gateway_id: str
     request: Request
@@ -388,18 +455,13 @@ class HandOver(Message, frozen=True):
     emitted_token_ids: tuple[int, ...]
     """All output so far, from position 0."""
     computed_tokens: int
-    """Tokens whose KV follows."""
-    num_parts: int
-
-
-class KvPart(Message, frozen=True):
-    """Keys and values of one layer, of the `computed_tokens` tokens of a hand-over."""
-
-    request_id: str
-    layer: int
+    """Tokens whose KV is held."""
+    replica_id: str
+    """The old owner's: with the request's id the name under which its ranks give out the KV."""
+    parallel: Parallel
+    """Shape of the old owner."""
+    holders: tuple[KvHolder, ...]
     dtype: str
-    data: bytes
-    """[2 (keys, values), computed_tokens, kv_heads, head_size], C order."""
 
 
 class HandOverAnswered(Message, frozen=True):
@@ -408,11 +470,13 @@ class HandOverAnswered(Message, frozen=True):
     request_id: str
     accepted: bool
     reason: str = ""
+    kv_bytes: int = 0
+    """That came from other devices."""
 
 
-PeerMessage: TypeAlias = HandOver | KvPart | HandOverAnswered
+PeerMessage: TypeAlias = HandOver | HandOverAnswered
 
-WorkerInbound: TypeAlias = GatewayCommand | HandOver | KvPart
+WorkerInbound: TypeAlias = GatewayCommand | HandOver
 """What may arrive at a worker's listening port."""
 
 Event: TypeAlias = WorkerEvent | CloudEvent | SequenceResumed

@@ -3,6 +3,13 @@
 import msgspec
 
 
+class Portion(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes of a layer that shards may divide among them in `units` equal parts; 1 unit: every shard needs them whole."""
+
+    units: int
+    num_bytes: int
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Shape of a causal language model.
 
@@ -17,15 +24,30 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary_size: int
     context_tokens: int
     """Longest prompt and output together."""
-    layer_bytes: int
+    layer: tuple[Portion, ...]
     """Weights of one decoder layer."""
-    embedding_bytes: int
-    head_bytes: int
+    embedding: tuple[Portion, ...]
+    head: tuple[Portion, ...]
     value_bytes: int
     """Bytes of one element of the KV cache (4 for float32)."""
 
     def __post_init__(self) -> None:
         assert min(self.num_layers, self.num_kv_heads, self.head_size, self.vocabulary_size, self.context_tokens) >= 1
+
+    @property
+    def layer_bytes(self) -> int:
+        """Weights of one decoder layer."""
+        return _sum(self.layer)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Weights of the embedding."""
+        return _sum(self.embedding)
+
+    @property
+    def head_bytes(self) -> int:
+        """Weights of final norm and head."""
+        return _sum(self.head)
 
     @property
     def weight_bytes(self) -> int:
@@ -36,3 +58,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV cache per token over all layers and heads, keys and values both."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_size * self.value_bytes
+
+
+def _sum(portions: tuple[Portion, ...]) -> int:
+    return sum(portion.num_bytes for portion in portions)

@@ -66,6 +66,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     arrival_s: float = 0.0
     """When the gateway accepted it, seconds since the Unix epoch."""
+    priority: int = 0
+    """Requests of a lower number are served first, as in vLLM; it orders requests and never changes an answer."""
 
     def __post_init__(self) -> None:
         assert self.request_id and self.prompt_token_ids and self.sampling.max_tokens >= 1
@@ -99,6 +101,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What went wrong when `finish_reason` is FAILED."""
     recomputed_tokens: int = 0
     """Tokens that had been computed before an interruption and were computed again; reported once per resume."""
+    cached_tokens: int = 0
+    """Tokens whose KV was found in a prefix cache; reported once per admission to a batch."""
     draft_tokens: int = 0
     """Draft tokens verified for these tokens."""
     accepted_tokens: int = 0

@@ -1,22 +1,25 @@
 """Attention over a paged KV cache, one query per row.
 
-Invariant arithmetic by construction: a token's attention is one small problem of fixed shape (its own query heads against its
-own keys, gathered in the order of positions and padded to a length that follows from its position alone). Neither other
-sequences, nor the cut of a prompt into chunks, nor the number of draft tokens change what is computed for it, so they cannot
-change its bits. Rows that share keys read them through a stride of zero instead of a copy, which changes addresses, not sums.
+Invariant arithmetic by construction: a token's attention is one small problem of fixed shape, its own query heads against its
+own keys in the order of positions. On a processor a compiled kernel computes it in place (`kernels`). Elsewhere the keys are
+gathered and padded to a length that follows from the token's position alone; rows that share keys read them through a stride of
+zero instead of a copy, which changes addresses, not sums. Neither other sequences, nor the cut of a prompt into chunks, nor
+the number of draft tokens change what is computed for a token, so they cannot change its bits.
 
 Knows tensors and positions; does not know requests or how blocks are given out.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from spotserve.core.errors import ModelError
-from spotserve.core.model import ModelSpec
+from spotserve.engine import kernels
 
 ATTENTION_NAME = "spotserve_paged"
 SCRATCH_BLOCK = 0
@@ -64,20 +67,42 @@ class RowGroup:
 
 
 class KvCache:
-    """Keys and values of every layer: [slots, 2, kv_heads, head_size], a slot per token, block by block."""
+    """Keys and values of one rank's layers and heads: [slots, 2, kv_heads, head_size] each, a slot per token, block by block."""
 
-    def __init__(self, spec: ModelSpec, *, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        """`num_blocks` counts the scratch block."""
+    def __init__(
+        self,
+        layers: range,
+        *,
+        num_kv_heads: int,
+        head_size: int,
+        num_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`layers` are indices in the model, `num_kv_heads` those of this shard; `num_blocks` counts the scratch block."""
+        self.layers = layers
         self.block_tokens = block_tokens
+        self.device = device
+        self.dtype = dtype
         self._num_blocks = num_blocks
-        shape = (num_blocks * block_tokens, 2, spec.num_kv_heads, spec.head_size)
+        shape = (num_blocks * block_tokens, 2, num_kv_heads, head_size)
         # Zeros, not garbage: masked keys get weight 0, and 0 times a stray NaN would still be NaN.
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+        self._slots = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self._arrays = [kernels.as_array(slots) for slots in self._slots if kernels.serves(slots)]
         self._scratch = torch.empty(0, dtype=dtype, device=device)
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """The slots of a layer, by its index in the model."""
+        return self._slots[layer - self.layers.start]
+
+    def array(self, layer: int) -> np.ndarray[Any, Any]:
+        """`layer` for compiled kernels: the same memory."""
+        return self._arrays[layer - self.layers.start]
 
     def gather(self, layer: int, group: RowGroup) -> torch.Tensor:
         """Keys and values of a group: [table rows, keys, 2, kv_heads, head_size], valid until the next call."""
-        slots = self.layers[layer]
+        slots = self.layer(layer)
         source = slots.view(slots.shape[0] if group.by_slot else self._num_blocks, -1)
         entries = group.table.numel()
         if self._scratch.numel() < entries * source.shape[1]:
@@ -88,20 +113,20 @@ class KvCache:
 
     def move(self, *, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """Copies slots in every layer, all reads before all writes."""
-        device = self.layers[0].device
-        read, write = torch.tensor(sources, device=device), torch.tensor(destinations, device=device)
-        for slots in self.layers:
+        read, write = self._indices(sources), self._indices(destinations)
+        for slots in self._slots:
             slots.index_copy_(0, write, slots.index_select(0, read))
 
-    def read(self, layer: int, slots: Sequence[int]) -> torch.Tensor:
-        """A copy [2, tokens, kv_heads, head_size]."""
-        kept = self.layers[layer].index_select(0, torch.tensor(slots, dtype=torch.int64, device=self.layers[layer].device))
-        return kept.transpose(0, 1).contiguous()
+    def read(self, layer: int, slots: Sequence[int], heads: range) -> torch.Tensor:
+        """A copy [tokens, 2, heads, head_size]; `heads` counts from this shard's first."""
+        return self.layer(layer)[:, :, heads.start : heads.stop].index_select(0, self._indices(slots))
 
-    def write(self, layer: int, slots: Sequence[int], values: torch.Tensor) -> None:
+    def write(self, layer: int, slots: Sequence[int], heads: range, values: torch.Tensor) -> None:
         """The reverse of `read`."""
-        cache = self.layers[layer]
-        cache.index_copy_(0, torch.tensor(slots, dtype=torch.int64, device=cache.device), values.to(cache.device).transpose(0, 1))
+        self.layer(layer)[:, :, heads.start : heads.stop].index_copy_(0, self._indices(slots), values.to(self.device))
+
+    def _indices(self, slots: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(slots, dtype=torch.int64, device=self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +139,11 @@ class PagedBatch:
     groups: tuple[RowGroup, ...]
     """Cover all rows, in order."""
 
+    @property
+    def num_real_rows(self) -> int:
+        """Rows before those that only pad the step, which stand at its end."""
+        return int(np.count_nonzero(self.write_slots.numpy(force=True) >= (SCRATCH_BLOCK + 1) * self.cache.block_tokens))
+
     def attend(
         self,
         layer: int,
@@ -124,6 +154,7 @@ class PagedBatch:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Stores the rows' keys and values, then attends.
 
@@ -135,35 +166,91 @@ class PagedBatch:
             scale: factor on the scores.
             window: keys that a query sees, itself included; None: all.
             softcap: bound of the scores by tanh; None: none.
+            sinks: [kv_heads * queries per kv head] a score of each head for attending to nothing; None: none.
 
         Returns:
             [rows, kv_heads * queries per kv head * head_size].
         """
-        self.cache.layers[layer].index_copy_(0, self.write_slots, torch.stack((key, value), dim=1))
+        self.cache.layer(layer).index_copy_(0, self.write_slots, torch.stack((key, value), dim=1))
+        return self.attend_stored(layer, query, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+    def attend_stored(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`attend` when the rows' keys and values are in the cache already.
+
+        On a processor `query` may have fewer rows than the step: those of the others are not wanted then.
+        """
         num_rows = query.shape[0]
+        if kernels.serves(query):
+            return self._attend_rows(layer, query.contiguous(), scale, window, softcap, sinks).view(num_rows, -1)
         if len(self.groups) == 1:
-            return self._attend_group(layer, self.groups[0], query, scale, window, softcap).reshape(num_rows, -1)
+            return self._attend_group(layer, self.groups[0], query, scale, window, softcap, sinks).reshape(num_rows, -1)
         output = query.new_empty(query.shape)
         for group in self.groups:
             part = query[group.start : group.end]
-            output[group.start : group.end] = self._attend_group(layer, group, part, scale, window, softcap)
+            output[group.start : group.end] = self._attend_group(layer, group, part, scale, window, softcap, sinks)
         return output.view(num_rows, -1)
 
+    def _attend_rows(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Row by row, each over its own keys and no padding."""
+        num_rows, _, group_size, head_size = query.shape
+        attend = kernels.attention_kernel(group_size, head_size)
+        output = torch.empty_like(query)
+        slots, queries, outputs = self.cache.array(layer), kernels.as_array(query), kernels.as_array(output)
+        of_heads = kernels.NO_SINKS if sinks is None else sinks.float().numpy()
+        for group in self.groups:
+            rows = slice(group.start, min(group.end, num_rows))
+            entry_tokens = 1 if group.by_slot else self.cache.block_tokens
+            table, positions = group.table.numpy(), group.positions.numpy()
+            attend(
+                slots, queries[rows], table, entry_tokens, positions, window or 0, scale, softcap or 0.0, of_heads, outputs[rows]
+            )
+        return output
+
     def _attend_group(
-        self, layer: int, group: RowGroup, query: torch.Tensor, scale: float, window: int | None, softcap: float | None
+        self,
+        layer: int,
+        group: RowGroup,
+        query: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         mask = group.mask(window=window, dtype=query.dtype)
         kept = self.cache.gather(layer, group)  # [table rows, keys, 2, kv_heads, head_size]
         keys, values = kept.permute(2, 0, 3, 1, 4).expand(2, query.shape[0], -1, -1, -1)  # [rows, kv_heads, keys, head_size] each
-        if softcap is None:
+        if softcap is None and sinks is None:
             return F.scaled_dot_product_attention(
                 query, keys, values, attn_mask=mask.expand(-1, -1, query.shape[2], -1), scale=scale
             )
         # One product per row and head, in batches: `matmul` would choose its kernel by the number of rows.
         queries, keys, values = (part.reshape(-1, *part.shape[2:]) for part in (query, keys, values))
-        scores = torch.tanh(torch.bmm(queries, keys.transpose(1, 2)) * (scale / softcap)) * softcap
-        weights = (scores.view(*query.shape[:3], -1) + mask).softmax(dim=-1).view(scores.shape)
-        return torch.bmm(weights, values).view(query.shape)
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+        scores = scores * scale if softcap is None else torch.tanh(scores * (scale / softcap)) * softcap
+        masked = scores.view(*query.shape[:3], -1) + mask  # [rows, kv_heads, queries per kv head, keys]
+        if sinks is None:
+            weights = masked.softmax(dim=-1)
+        else:
+            sink = sinks.to(masked.dtype).view(1, *query.shape[1:3], 1).expand(*query.shape[:3], 1)
+            weights = torch.cat((masked, sink), dim=-1).softmax(dim=-1)[..., :-1]
+        return torch.bmm(weights.reshape(scores.shape), values).view(query.shape)
 
 
 def paged_attention(
@@ -176,26 +263,37 @@ def paged_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     paged: PagedBatch | None = None,
     **further: object,
 ) -> tuple[torch.Tensor, None]:
-    """What the library's attention layers call: query [1, heads, rows, head_size], key and value [1, kv_heads, rows, head_size].
+    """What the library's attention layers call: query [1, heads, rows, head_size], key and value [1, kv_heads, rows, head_size],
+    values may be shorter.
 
     Raises:
         ModelError: the layer wants something that this attention does not do.
     """
-    unknown = [name for name in ("s_aux", "position_bias", "cache") if further.get(name) is not None]
-    if paged is None or attention_mask is not None or unknown or key.shape != value.shape:
+    unknown = [name for name in ("position_bias", "cache") if further.get(name) is not None]
+    value_size = value.shape[3]
+    if paged is None or attention_mask is not None or unknown or key.shape[:3] != value.shape[:3] or value_size > key.shape[3]:
         raise ModelError(f"{type(module).__name__} needs attention that SpotServe does not do {unknown or ''}".rstrip())
     num_kv_heads, num_rows, head_size = key.shape[1:]
+    value = F.pad(value, (0, head_size - value_size))  # one cache for both: the rest of shorter values is 0
     by_row = query[0].transpose(0, 1).reshape(num_rows, num_kv_heads, -1, head_size)
     scale = head_size**-0.5 if scaling is None else scaling
     layer = module.layer_idx
     assert isinstance(layer, int)
     output = paged.attend(
-        layer, by_row, key[0].transpose(0, 1), value[0].transpose(0, 1), scale=scale, window=sliding_window, softcap=softcap
+        layer,
+        by_row,
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scale=scale,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
     )
-    return output.view(1, num_rows, -1, head_size), None
+    return output.view(1, num_rows, -1, head_size)[..., :value_size], None
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -2,17 +2,21 @@
 
 A row is one token: its id, its position, the slot its KV goes to, and where its keys are. Rows that pad their keys to the same
 length stand together; long runs of one sequence share one table, other rows bring their own. The number of rows is a
-multiple of `ROW_MULTIPLE`, as linear layers compute the rows of an incomplete tile with another kernel. Padding rows repeat the
-last one and write to the scratch block.
+multiple of `ROW_MULTIPLE`, as linear layers compute the rows of an incomplete tile with another kernel, and one of few
+(`linear.padded_rows`). Padding rows repeat the last one and write to the scratch block.
+
+A step is laid out once, by the rank that schedules, in plain arrays; every rank of the replica binds it to its own cache: block
+numbers mean the same on all of them.
 """
 
 from collections.abc import Sequence as ReadOnly
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from spotserve.engine.attention import SCRATCH_BLOCK, KvCache, PagedBatch, RowGroup, padded_blocks
+from spotserve.engine.linear import padded_rows
 from spotserve.engine.scheduler import ScheduledSequence
 
 ROW_MULTIPLE = 4
@@ -34,16 +38,56 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupLayout:
+    """A `RowGroup` in plain arrays."""
+
+    start: int
+    end: int
+    table: np.ndarray
+    by_slot: bool
+    num_keys: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """A step in plain arrays of int64, each [rows]."""
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    groups: tuple[GroupLayout, ...]
+
+    def bind(self, cache: KvCache) -> "StepRows":
+        """The step on one rank's device and cache."""
+        device = cache.device
+        positions = torch.from_numpy(self.positions).to(device)
+        groups = tuple(
+            RowGroup(
+                group.start,
+                group.end,
+                torch.from_numpy(group.table).to(device),
+                group.by_slot,
+                positions[group.start : group.end],
+                group.num_keys,
+            )
+            for group in self.groups
+        )
+        return StepRows(
+            token_ids=torch.from_numpy(self.token_ids).to(device),
+            positions=positions,
+            paged=PagedBatch(cache, torch.from_numpy(self.slots).to(device), groups),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class StepRows:
-    """A step in tensors."""
+    """A step in tensors, on one rank."""
 
     token_ids: torch.Tensor
     """[rows]"""
     positions: torch.Tensor
     """[rows]"""
     paged: PagedBatch
-    sampled_rows: tuple[tuple[int, ...], ...]
-    """Per entry: the row of its last known token, then the row of each draft node; empty when the entry does not sample."""
 
 
 def slot_of(block_ids: ReadOnly[int], position: int, block_tokens: int) -> int:
@@ -52,19 +96,23 @@ def slot_of(block_ids: ReadOnly[int], position: int, block_tokens: int) -> int:
 
 
 class RowLayout:
-    """Builds one step; used once."""
+    """Lays out one step; used once."""
 
-    def __init__(self, entries: ReadOnly[ScheduledSequence], cache: KvCache) -> None:
+    def __init__(self, entries: ReadOnly[ScheduledSequence], *, block_tokens: int) -> None:
         self._entries = entries
-        self._cache = cache
-        self._block_tokens = cache.block_tokens
+        self._block_tokens = block_tokens
         self._token_ids: list[int] = []
         self._positions: list[int] = []
         self._slots: list[int] = []
-        self._groups: list[tuple[int, int, np.ndarray, bool, int]] = []  # start, end, table, by_slot, keys
+        self._groups: list[GroupLayout] = []
         self._sampled: list[dict[int, int]] = [{} for _ in entries]  # entry -> offset in the entry -> row
 
-    def build(self) -> StepRows:
+    @property
+    def sampled_rows(self) -> tuple[tuple[int, ...], ...]:
+        """Per entry: the row of its last known token, then the row of each draft node; empty when the entry does not sample."""
+        return tuple(tuple(rows[node] for node in sorted(rows)) for rows in self._sampled)
+
+    def build(self) -> StepLayout:
         """Lays out all entries."""
         own_table: dict[int, list[_Run]] = {}
         shared_table: list[_Run] = []
@@ -80,7 +128,13 @@ class RowLayout:
         for entry, scheduled in enumerate(self._entries):
             if not scheduled.draft.is_chain:
                 self._add_branches(entry)
-        return self._to_tensors()
+        self._pad()
+        return StepLayout(
+            token_ids=np.array(self._token_ids, dtype=np.int64),
+            positions=np.array(self._positions, dtype=np.int64),
+            slots=np.array(self._slots, dtype=np.int64),
+            groups=tuple(self._groups),
+        )
 
     def _runs(self) -> list[_Run]:
         """Known tokens and chains of draft tokens, cut where the padded length changes."""
@@ -118,7 +172,7 @@ class RowLayout:
             held = self._entries[run.entry].sequence.block_ids[:num_blocks]
             table[at : at + run.end - run.start, : len(held)] = held
             at += run.end - run.start
-        self._groups.append((start, len(self._token_ids), table, False, num_blocks * self._block_tokens))
+        self._groups.append(GroupLayout(start, len(self._token_ids), table, False, num_blocks * self._block_tokens))
 
     def _add_with_shared_table(self, run: _Run) -> None:
         start = len(self._token_ids)
@@ -126,7 +180,7 @@ class RowLayout:
         table = np.full((1, run.num_blocks), SCRATCH_BLOCK, dtype=np.int64)
         held = self._entries[run.entry].sequence.block_ids[: run.num_blocks]
         table[0, : len(held)] = held
-        self._groups.append((start, len(self._token_ids), table, False, run.num_blocks * self._block_tokens))
+        self._groups.append(GroupLayout(start, len(self._token_ids), table, False, run.num_blocks * self._block_tokens))
 
     def _add_branches(self, entry: int) -> None:
         """Draft nodes of a branching tree: each sees the sequence and its own ancestors, in the order of positions.
@@ -152,29 +206,16 @@ class RowLayout:
                 self._token_ids.append(draft.token_ids[node])
                 self._positions.append(known + len(path) - 1)
                 self._slots.append(slots[known + node])
-            self._groups.append((start, len(self._token_ids), table, True, num_keys))
+            self._groups.append(GroupLayout(start, len(self._token_ids), table, True, num_keys))
 
     def _pad(self) -> None:
-        padding = -len(self._token_ids) % ROW_MULTIPLE
+        rows = padded_rows(len(self._token_ids))
+        padding = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE - len(self._token_ids)
         self._token_ids += self._token_ids[-1:] * padding
         self._positions += self._positions[-1:] * padding
         self._slots += [SCRATCH_BLOCK * self._block_tokens] * padding
-        start, end, table, by_slot, num_keys = self._groups[-1]
-        if table.shape[0] == end - start:
+        last = self._groups[-1]
+        table = last.table
+        if table.shape[0] == last.end - last.start:
             table = np.concatenate((table, np.repeat(table[-1:], padding, axis=0)))
-        self._groups[-1] = (start, end + padding, table, by_slot, num_keys)
-
-    def _to_tensors(self) -> StepRows:
-        self._pad()
-        device = self._cache.layers[0].device
-        positions = torch.tensor(self._positions, device=device)
-        groups = tuple(
-            RowGroup(start, end, torch.from_numpy(table).to(device), by_slot, positions[start:end], num_keys)
-            for start, end, table, by_slot, num_keys in self._groups
-        )
-        return StepRows(
-            token_ids=torch.tensor(self._token_ids, device=device),
-            positions=positions,
-            paged=PagedBatch(self._cache, torch.tensor(self._slots, device=device), groups),
-            sampled_rows=tuple(tuple(rows[node] for node in sorted(rows)) for rows in self._sampled),
-        )
+        self._groups[-1] = replace(last, end=last.end + padding, table=table)

@@ -1,30 +1,29 @@
-"""Token ids in, token ids out: one replica, as its worker's thread sees it.
+"""Token ids in, token ids out: one replica, as the worker of its leader sees it.
 
-The engine owns its sequences between `add` (or `import_sequence`) and their end (or `export_sequence`). The same request gives
-the same tokens whatever runs beside it, however often it was evicted, and wherever it was resumed. Knows nothing of epochs,
-clocks, peers and text. Single-threaded. Constructible after a fork, as long as nothing ran a torch operation before it.
+The engine owns its sequences between `add` (or `adopt`) and their end (or `release`). The same request gives the same tokens
+whatever runs beside it, however often it was evicted, wherever it was resumed, and into how many stages and shards the
+model is cut. Up to P steps are under way at once, of different sequences, so that no stage waits for another. Knows nothing of
+epochs, clocks, peers and text. Single-threaded.
 """
 
+from collections import deque
 from collections.abc import Sequence as ReadOnly
 from time import perf_counter
-
-import torch
+from typing import Protocol
 
 from spotserve.config import EngineSettings
-from spotserve.core.errors import ContextTooLong, InvalidRequest
+from spotserve.core.errors import ContextTooLong, InvalidRequest, PeerLost
 from spotserve.core.messages import SequenceReport
 from spotserve.core.model import ModelSpec
 from spotserve.core.request import FinishReason, Request
-from spotserve.engine.attention import KvCache
 from spotserve.engine.batch import slot_of
 from spotserve.engine.blocks import BlockPool
-from spotserve.engine.results import ExportedSequence, SequenceOutput, StepResult
+from spotserve.engine.ranks.leader import Ranks
+from spotserve.engine.results import FrozenSequence, SequenceOutput, StepResult
 from spotserve.engine.runner import Runner
 from spotserve.engine.sampler import SampledToken
-from spotserve.engine.scheduler import ScheduledSequence, Scheduler
-from spotserve.engine.selfcheck import choose_forward
+from spotserve.engine.scheduler import Schedule, ScheduledSequence, Scheduler
 from spotserve.engine.sequence import Sequence, new_sequence
-from spotserve.engine.weights import load_model
 from spotserve.speculation.drafter import Drafter
 from spotserve.speculation.drafters.ngram import NgramDrafter
 from spotserve.speculation.goodput import GoodputRule
@@ -34,50 +33,77 @@ _ADAPTIVE_DRAFT_TOKENS = 4
 """Most that `adaptive` drafts per sequence and step."""
 
 
-class Engine:
-    """One model, its cache, and the sequences in the making."""
+class ChunkChooser(Protocol):
+    """Decides how long the slices of a prompt are that follow each other through the stages; learns from what steps take."""
 
-    def __init__(self, settings: EngineSettings, *, drafter: Drafter | None = None) -> None:
-        """Loads the model.
+    def choose(self, start: int, position: int, end: int) -> int:
+        """Prompt tokens for the next step, see `scheduler.ChunkTokens`."""
+        ...
+
+    def observe(self, *, tokens: int, pairs: float, seconds: float) -> None:
+        """A step of so many tokens, and pairs of a token and one that it attends to, took so long on the slowest stage."""
+        ...
+
+
+def num_kv_blocks(settings: EngineSettings) -> int:
+    """Blocks of KV that a replica's cache has, beside the scratch block; the same on each of its ranks."""
+    return max(1, settings.kv_tokens // settings.block_tokens)
+
+
+class Engine:
+    """The sequences in the making of one replica, and the ranks that compute them."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        settings: EngineSettings,
+        *,
+        spec: ModelSpec,
+        end_token_ids: ReadOnly[int],
+        drafter: Drafter | None = None,
+        chunks: ChunkChooser | None = None,
+    ) -> None:
+        """Takes over `ranks`, whose caches have `num_kv_blocks(settings)` blocks beside the scratch block.
 
         Args:
+            ranks: compute its steps.
             settings: the engine's section.
+            spec: the model.
+            end_token_ids: what ends text by itself.
             drafter: guesses ahead in place of the one that `settings.speculation` names, with the same number of tokens.
-
-        Raises:
-            ModelError: it cannot be loaded or run.
+            chunks: how long the slices of prompts are; None: as long as a step has room.
         """
-        torch.set_num_threads(settings.threads)
-        self._dtype = settings.dtype
-        with torch.inference_mode():
-            model = load_model(settings)
-            self.spec: ModelSpec = model.spec
-            self._end_token_ids = model.end_token_ids
-            num_blocks = max(1, settings.kv_tokens // settings.block_tokens)
-            self._blocks = BlockPool(num_blocks=num_blocks, block_tokens=settings.block_tokens, first_block_id=1)
-            self._context_tokens = min(model.spec.context_tokens, num_blocks * settings.block_tokens)
-            device = next(model.module.parameters()).device
-            self._cache = KvCache(
-                model.spec, num_blocks=num_blocks + 1, block_tokens=settings.block_tokens, dtype=model.dtype, device=device
-            )
-            forward = choose_forward(model, block_tokens=settings.block_tokens)
-            self._runner = Runner(model, cache=self._cache, forward=forward)
+        self.spec = spec
+        self._ranks = ranks
+        self._end_token_ids = tuple(end_token_ids)
+        num_blocks = num_kv_blocks(settings)
+        self._blocks = BlockPool(num_blocks=num_blocks, block_tokens=settings.block_tokens, first_block_id=1)
+        self._context_tokens = min(spec.context_tokens, num_blocks * settings.block_tokens)
+        self._runner = Runner(ranks, block_tokens=settings.block_tokens)
         self._scheduler = Scheduler(
             blocks=self._blocks,
             max_batch=settings.max_batch,
             max_step_tokens=settings.max_step_tokens,
             context_tokens=self._context_tokens,
+            num_groups=ranks.num_stages,
+            prefix_cache=settings.prefix_cache,
+            chunk_tokens=None if chunks is None else chunks.choose,
         )
+        self._chunks = chunks
         named_drafter, self._draft_tokens = _drafter(settings.speculation)
         self._drafter = named_drafter if drafter is None else drafter
         self._goodput = GoodputRule(max_tokens=self._draft_tokens) if settings.speculation == "adaptive" else None
         self._sequences: dict[str, Sequence] = {}
+        self._frozen: dict[str, Sequence] = {}
+        """Stopped, with their KV held for another engine."""
+        self._under_way: deque[Schedule] = deque()
+        self._last_step_s = perf_counter()
         self._arrivals = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._sequences)
+        return bool(self._sequences or self._under_way)
 
     @property
     def num_running(self) -> int:
@@ -97,7 +123,7 @@ class Engine:
     @property
     def kv_tokens_used(self) -> int:
         """Tokens' worth of blocks that are held."""
-        return self.kv_tokens_total - self._blocks.free_blocks * self._blocks.block_tokens
+        return self._blocks.used_blocks * self._blocks.block_tokens
 
     def add(self, request: Request, *, emitted_token_ids: ReadOnly[int] = ()) -> None:
         """Takes a request; with `emitted_token_ids` it goes on after them and does not emit them again.
@@ -112,81 +138,91 @@ class Engine:
         self._scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
-        """Forgets a request and frees its blocks. No-op when unknown."""
+        """Forgets a request, frozen or not, and frees its blocks. No-op when unknown."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._drop(sequence)
+        self.release(request_id)
 
     def step(self) -> StepResult:
-        """Computes one step; `outputs` has every sequence that got tokens or ended."""
-        started_s = perf_counter()
-        if self._goodput is not None:
-            self._draft_tokens = self._goodput.draft_tokens(num_sequences=self.num_running)
-        schedule = self._scheduler.schedule(self._propose if self._drafter is not None and self._draft_tokens else None)
-        prefill_tokens = sum(entry.num_tokens for entry in schedule.entries if entry.sequence.pending_tokens > 1)
-        outputs: tuple[SequenceOutput, ...] = ()
-        if schedule.entries:
-            with torch.inference_mode():
-                sampled = self._runner.run(schedule.entries)
-            pairs = zip(schedule.entries, sampled, strict=True)
-            outputs = tuple(self._apply(entry, tokens) for entry, tokens in pairs if self._advance(entry, tokens))
-        step_s = perf_counter() - started_s
-        if self._goodput is not None and schedule.entries and not prefill_tokens:
-            self._goodput.observe_step(rows=schedule.num_tokens, step_s=step_s)
-        return StepResult(
-            outputs=outputs,
-            num_prefill_tokens=prefill_tokens,
-            num_decode_tokens=schedule.num_tokens - prefill_tokens,
-            step_s=step_s,
-        )
+        """Starts as many steps as there are stages, and waits for the oldest; `outputs` has every sequence that got tokens or
+        ended in it.
 
-    def export_sequence(self, request_id: str) -> ExportedSequence | None:
-        """Takes a sequence out, with its KV; None when unknown."""
-        sequence = self._sequences.get(request_id)
+        Raises:
+            PeerLost: a rank is gone; what ran on this replica has to go on elsewhere.
+        """
+        if not self._under_way:
+            self._last_step_s = perf_counter()
+        while len(self._under_way) < self._ranks.num_stages and self._issue():
+            pass
+        if not self._under_way:
+            return StepResult(outputs=(), num_prefill_tokens=0, num_decode_tokens=0, step_s=0.0)
+        return self._collect()
+
+    def settle(self) -> list[StepResult]:
+        """Waits for every step under way, so that nothing is in the making; what they gave.
+
+        Raises:
+            PeerLost: a rank is gone.
+        """
+        return [self._collect() for _ in range(len(self._under_way))]
+
+    def freeze(self, request_id: str) -> FrozenSequence | None:
+        """Stops a sequence and holds its KV for the ranks of another engine, until `release`; None when unknown.
+
+        Nothing may be under way: `settle` first.
+        """
+        assert not self._under_way
+        sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return None
+        self._scheduler.suspend(sequence)
+        self._forget_draft(sequence)
+        self._frozen[request_id] = sequence
         computed = sequence.computed_tokens
-        slots = [slot_of(sequence.block_ids, position, self._blocks.block_tokens) for position in range(computed)]
-        with torch.inference_mode():
-            layers = (self._cache.read(layer, slots).cpu() for layer in range(self.spec.num_layers))
-            kv = tuple(values.view(torch.uint8).numpy().tobytes() for values in layers)
-        exported = ExportedSequence(
+        if computed:
+            self._ranks.hold_kv(request_id, self._slots(sequence, computed))
+        return FrozenSequence(
             request=sequence.request,
             output_token_ids=tuple(sequence.token_ids[len(sequence.request.prompt_token_ids) :]),
             computed_tokens=computed,
-            kv=kv,
-            dtype=self._dtype,
         )
-        self._drop(sequence)
-        return exported
 
-    def import_sequence(self, exported: ExportedSequence) -> bool:
-        """Goes on with another engine's sequence and computes nothing again.
+    def release(self, request_id: str) -> None:
+        """Forgets a frozen sequence and frees its blocks. No-op when unknown."""
+        sequence = self._frozen.pop(request_id, None)
+        if sequence is not None:
+            self._ranks.drop_kv(request_id)
+            self._scheduler.remove(sequence)
+
+    def adopt(self, frozen: FrozenSequence) -> bool:
+        """Goes on with another engine's sequence and computes nothing again: its KV has been fetched by every rank.
 
         Returns:
-            False when there is no room for it now, or its KV is not what this engine computes with: `add` it then.
+            False when there is no room for it now: `add` it then.
 
         Raises:
             InvalidRequest: as `add`.
+            PeerLost: a rank is gone, or does not have the KV.
         """
-        request, computed = exported.request, exported.computed_tokens
-        self._check(request, exported.output_token_ids)
-        layer_bytes = computed * self.spec.kv_bytes_per_token // self.spec.num_layers
-        if exported.dtype != self._dtype or [len(layer) for layer in exported.kv] != [layer_bytes] * self.spec.num_layers:
-            return False
-        sequence = self._new_sequence(request, exported.output_token_ids)
+        request, computed = frozen.request, frozen.computed_tokens
+        self._check(request, frozen.output_token_ids)
+        sequence = self._new_sequence(request, frozen.output_token_ids)
         if not 0 < computed < len(sequence.token_ids) or not self._scheduler.adopt(sequence):
             return False
-        slots = [slot_of(sequence.block_ids, position, self._blocks.block_tokens) for position in range(computed)]
-        shape = (2, computed, self.spec.num_kv_heads, self.spec.head_size)
-        with torch.inference_mode():
-            for layer, kept in enumerate(exported.kv):
-                values = torch.frombuffer(bytearray(kept), dtype=self._cache.layers[layer].dtype).view(shape)
-                self._cache.write(layer, slots, values)
+        try:
+            self._ranks.place_kv(request.request_id, self._slots(sequence, computed))
+        except PeerLost:
+            self._scheduler.remove(sequence)
+            raise
         sequence.recompute_until = 0
         sequence.advance(computed)
         self._sequences[request.request_id] = sequence
         return True
+
+    def close(self) -> None:
+        """The replica has ended; its ranks leave. Harmless when they are gone already."""
+        self._ranks.close()
 
     def reports(self) -> tuple[SequenceReport, ...]:
         """Every sequence, as the controller needs to know it."""
@@ -204,10 +240,11 @@ class Engine:
         """Asserts that blocks and sequences are accounted for; cheap enough for every idle moment."""
         self._scheduler.check_integrity()
         assert {id(sequence) for sequence in self._scheduler.sequences()} == {id(s) for s in self._sequences.values()}
+        assert len(self._under_way) == self._runner.num_issued <= self._ranks.num_stages
 
     def _check(self, request: Request, emitted_token_ids: ReadOnly[int]) -> None:
         size, prompt = self.spec.vocabulary_size, request.prompt_token_ids
-        if request.request_id in self._sequences:
+        if request.request_id in self._sequences or request.request_id in self._frozen:
             raise InvalidRequest(f"request {request.request_id} is already being served", code="duplicate_request")
         named = {"prompt": prompt, "logit_bias": request.sampling.logit_bias, "stop_token_ids": request.sampling.stop_token_ids}
         for param, token_ids in (*named.items(), ("prompt", emitted_token_ids)):
@@ -227,23 +264,58 @@ class Engine:
         self._arrivals += 1
         return new_sequence(
             request,
-            seniority=(request.arrival_s, self._arrivals),
+            seniority=(request.priority, request.arrival_s, self._arrivals),
             end_token_ids=self._end_token_ids,
             emitted_token_ids=emitted_token_ids,
+        )
+
+    def _slots(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        return [slot_of(sequence.block_ids, position, self._blocks.block_tokens) for position in range(num_tokens)]
+
+    def _issue(self) -> bool:
+        """Starts a step; False when there is nothing to compute that is not under way."""
+        if self._goodput is not None:
+            self._draft_tokens = self._goodput.draft_tokens(num_sequences=self.num_running)
+        schedule = self._scheduler.schedule(self._propose if self._drafter is not None and self._draft_tokens else None)
+        if not schedule.entries:
+            return False
+        self._runner.issue(schedule.entries)
+        self._scheduler.issued(schedule)
+        self._under_way.append(schedule)
+        return True
+
+    def _collect(self) -> StepResult:
+        """Waits for the oldest step and applies what it made."""
+        sampled = self._runner.collect()
+        schedule = self._under_way.popleft()
+        prefill_tokens = sum(entry.num_tokens for entry in schedule.entries if not entry.samples or entry.num_tokens > 1)
+        outputs = tuple(
+            self._apply(entry, tokens)
+            for entry, tokens in zip(schedule.entries, sampled, strict=True)
+            if entry.samples and self._sequences.get(entry.sequence.request_id) is entry.sequence
+        )
+        self._scheduler.landed(schedule)
+        now_s = perf_counter()
+        step_s, self._last_step_s = now_s - self._last_step_s, now_s
+        if self._chunks is not None and self._under_way:  # else stages stood idle, and the time is not that of one
+            self._chunks.observe(tokens=schedule.num_tokens, pairs=_num_pairs(schedule), seconds=step_s)
+        if self._goodput is not None and not prefill_tokens:
+            self._goodput.observe_step(rows=schedule.num_tokens, step_s=step_s)
+        return StepResult(
+            outputs=outputs,
+            num_prefill_tokens=prefill_tokens,
+            num_decode_tokens=schedule.num_tokens - prefill_tokens,
+            step_s=step_s,
         )
 
     def _propose(self, sequence: Sequence, max_tokens: int) -> DraftTree:
         assert self._drafter is not None
         return self._drafter.propose(sequence.request_id, sequence.token_ids, max_tokens=min(max_tokens, self._draft_tokens))
 
-    def _advance(self, entry: ScheduledSequence, sampled: list[SampledToken]) -> bool:
-        """Notes what was computed; True when there are new tokens."""
-        entry.sequence.advance(entry.num_tokens)
-        return bool(sampled)
-
     def _apply(self, entry: ScheduledSequence, sampled: list[SampledToken]) -> SequenceOutput:
         """Appends tokens up to the end of the sequence; what was accepted beyond a stop is trimmed."""
         sequence, sampling = entry.sequence, entry.sequence.request.sampling
+        sequence.advance(entry.num_tokens)
         position = sequence.output_tokens
         finish_reason = None
         kept = 0
@@ -270,6 +342,7 @@ class Engine:
             gaps=tuple(token.gap for token in tokens if token.gap is not None) if sampling.gaps else None,
             finish_reason=finish_reason,
             recomputed_tokens=sequence.take_recomputed_tokens(),
+            cached_tokens=sequence.take_cached_tokens(),
             draft_tokens=len(entry.draft),
             accepted_tokens=accepted,
         )
@@ -284,8 +357,16 @@ class Engine:
     def _drop(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
+        self._forget_draft(sequence)
+
+    def _forget_draft(self, sequence: Sequence) -> None:
         if self._drafter is not None:
             self._drafter.forget(sequence.request_id)
+
+
+def _num_pairs(schedule: Schedule) -> float:
+    """Pairs of a token of the step and one that it attends to, itself included."""
+    return sum(entry.num_tokens * (entry.start + (entry.num_tokens + 1) / 2) for entry in schedule.entries)
 
 
 def _drafter(speculation: str) -> tuple[Drafter | None, int]:

@@ -15,7 +15,10 @@ class SequenceOutput:
     logprobs: tuple[TokenLogprob, ...] | None = None
     gaps: tuple[float, ...] | None = None
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    """What went wrong when `finish_reason` is FAILED."""
     recomputed_tokens: int = 0
+    cached_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
 
@@ -32,12 +35,9 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportedSequence:
-    """A sequence on its way to another engine."""
+class FrozenSequence:
+    """A sequence on its way to another engine, whose ranks fetch the KV of its first `computed_tokens` tokens."""
 
     request: Request
     output_token_ids: tuple[int, ...]
     computed_tokens: int
-    kv: tuple[bytes, ...]
-    """Per layer [2, computed_tokens, kv_heads, head_size], contiguous, in `dtype`."""
-    dtype: str

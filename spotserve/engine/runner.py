@@ -1,57 +1,67 @@
-"""Runs one step on tensors: lay out rows, one forward pass, choose tokens, verify drafts.
+"""Runs steps on ranks: lay out rows, issue, collect tokens, verify drafts.
 
-Knows nothing of waiting, admission or the end of sequences. After a step the cache holds the keys and values of every scheduled
-token and of the accepted draft tokens, each in the slot of its position.
+Knows nothing of waiting, admission or the end of sequences. After a step was collected, the caches hold the keys and values of
+every scheduled token and of the accepted draft tokens, each in the slot of its position.
 """
 
+from collections import deque
 from collections.abc import Sequence as ReadOnly
+from dataclasses import dataclass
 
-import torch
-
-from spotserve.engine.attention import KvCache
-from spotserve.engine.batch import ROW_MULTIPLE, RowLayout, StepRows, slot_of
-from spotserve.engine.forward import Forward
-from spotserve.engine.sampler import SampledToken, Sampler, SamplingRow, greedy, is_plain_greedy
+from spotserve.engine.batch import RowLayout, slot_of
+from spotserve.engine.ranks.leader import Ranks
+from spotserve.engine.sampler import SampledToken, SamplingRow, is_plain_greedy, penalizes
 from spotserve.engine.scheduler import ScheduledSequence
 from spotserve.engine.sequence import Sequence
-from spotserve.engine.weights import LoadedModel
 from spotserve.speculation.tree import ROOT
 from spotserve.speculation.verify import accept
 
 
+@dataclass(frozen=True, slots=True)
+class _Issued:
+    """A step under way: how many tokens come back for each of its entries."""
+
+    entries: tuple[ScheduledSequence, ...]
+    num_sampled: tuple[int, ...]
+
+
 class Runner:
-    """A model with its cache."""
+    """Steps under way on the ranks of a replica, oldest first."""
 
-    def __init__(self, model: LoadedModel, *, cache: KvCache, forward: Forward) -> None:
-        self._cache = cache
-        self._forward = forward
-        self._vocabulary_size = model.spec.vocabulary_size
-        self._device = cache.layers[0].device
-        self._sampler = Sampler(vocabulary_size=model.spec.vocabulary_size, device=self._device)
+    def __init__(self, ranks: Ranks, *, block_tokens: int) -> None:
+        self._ranks = ranks
+        self._block_tokens = block_tokens
+        self._issued: deque[_Issued] = deque()
 
-    def run(self, entries: ReadOnly[ScheduledSequence]) -> list[list[SampledToken]]:
-        """The next tokens of every entry, accepted draft tokens included; none for an entry that does not sample."""
-        rows = RowLayout(entries, self._cache).build()
-        sampled = self._sample(entries, rows)
-        return [self._accept(entry, tokens) for entry, tokens in zip(entries, sampled, strict=True)]
+    @property
+    def num_issued(self) -> int:
+        """Steps that were issued and not collected."""
+        return len(self._issued)
 
-    def logits(self, rows: StepRows, wanted: ReadOnly[int]) -> torch.Tensor:
-        """[wanted, vocabulary]. The head sees a full tile of rows as well, see `ROW_MULTIPLE`."""
-        padded = [*wanted, *[wanted[-1]] * (-len(wanted) % ROW_MULTIPLE)]
-        logits = self._forward(rows, torch.tensor(padded, device=self._device))
-        return logits[: len(wanted), : self._vocabulary_size]
+    def issue(self, entries: ReadOnly[ScheduledSequence]) -> None:
+        """Starts a step.
 
-    def _sample(self, entries: ReadOnly[ScheduledSequence], rows: StepRows) -> list[list[SampledToken]]:
-        """Per entry the target's token after its last known token and after each draft node."""
-        wanted = [row for of_entry in rows.sampled_rows for row in of_entry]
-        logits = self.logits(rows, wanted or [0])  # prompts in the making need their keys all the same
-        if not wanted:
-            return [[] for _ in entries]
-        if all(is_plain_greedy(entry.sequence.request.sampling) for entry in entries):
-            chosen = iter([SampledToken(token_id) for token_id in greedy(logits)])
-        else:
-            chosen = iter(self._sampler.sample(logits, [row for entry in entries for row in _sampling_rows(entry)]))
-        return [[next(chosen) for _ in of_entry] for of_entry in rows.sampled_rows]
+        Raises:
+            PeerLost: a rank is gone.
+        """
+        rows = RowLayout(entries, block_tokens=self._block_tokens)
+        layout = rows.build()
+        sampled_rows = rows.sampled_rows
+        plain = all(is_plain_greedy(entry.sequence.request.sampling) for entry in entries)
+        sampling = None if plain else [row for entry in entries for row in _sampling_rows(entry)]
+        self._ranks.issue(layout, [row for of_entry in sampled_rows for row in of_entry], sampling)
+        self._issued.append(_Issued(tuple(entries), tuple(len(of_entry) for of_entry in sampled_rows)))
+
+    def collect(self) -> list[list[SampledToken]]:
+        """The next tokens of every entry of the oldest step, accepted draft tokens included; none for one that does not sample.
+
+        Raises:
+            PeerLost: a rank is gone.
+        """
+        step = self._issued.popleft()
+        chosen = iter(self._ranks.collect())
+        sampled = [[next(chosen) for _ in range(count)] for count in step.num_sampled]
+        return [self._accept(entry, tokens) for entry, tokens in zip(step.entries, sampled, strict=True)]
 
     def _accept(self, entry: ScheduledSequence, sampled: list[SampledToken]) -> list[SampledToken]:
         if len(sampled) <= 1:
@@ -65,9 +75,9 @@ class Runner:
         """Moves accepted nodes from the slots they waited in to those of their positions."""
         known = len(sequence.token_ids)
         moves = [(known + node, known + depth) for depth, node in enumerate(nodes) if node != depth]
-        if moves:
-            slots = [[slot_of(sequence.block_ids, position, self._cache.block_tokens) for position in move] for move in moves]
-            self._cache.move(sources=[source for source, _ in slots], destinations=[to for _, to in slots])
+        if moves and sequence.block_ids:  # none: it was cancelled while the step was under way
+            slots = [[slot_of(sequence.block_ids, position, self._block_tokens) for position in move] for move in moves]
+            self._ranks.move_slots([source for source, _ in slots], [to for _, to in slots])
 
 
 def _sampling_rows(entry: ScheduledSequence) -> list[SamplingRow]:
@@ -76,13 +86,18 @@ def _sampling_rows(entry: ScheduledSequence) -> list[SamplingRow]:
         return []
     sequence = entry.sequence
     request = sequence.request
-    output = sequence.token_ids[len(request.prompt_token_ids) :]
-    return [
-        SamplingRow(
-            sampling=request.sampling,
-            prompt_token_ids=request.prompt_token_ids,
-            output_token_ids=[*output, *entry.draft.path_token_ids(node)],
-            banned_token_ids=sequence.banned_token_ids,
+    looks_back = penalizes(request.sampling)
+    output = sequence.token_ids[len(request.prompt_token_ids) :] if looks_back else []
+    rows = []
+    for node in range(ROOT, len(entry.draft)):
+        path = entry.draft.path_token_ids(node)
+        rows.append(
+            SamplingRow(
+                sampling=request.sampling,
+                position=sequence.output_tokens + len(path),
+                prompt_token_ids=request.prompt_token_ids if looks_back else (),
+                output_token_ids=[*output, *path] if looks_back else (),
+                banned_token_ids=sequence.banned_token_ids,
+            )
         )
-        for node in range(ROOT, len(entry.draft))
-    ]
+    return rows

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from spotserve.core.request import SamplingParams, TokenLogprob
+from spotserve.engine import kernels
 from spotserve.engine.noise import KeyedGumbel
 
 _MAX_GAP = 1e9
@@ -24,16 +25,14 @@ class SamplingRow:
     """One row of logits and what its choice depends on."""
 
     sampling: SamplingParams
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
-    """Output before this row's token, draft tokens on the way to it included."""
-    banned_token_ids: Sequence[int]
+    position: int
+    """Output position of the token to be chosen."""
+    prompt_token_ids: Sequence[int] = ()
+    """Needed by the repetition penalty alone."""
+    output_token_ids: Sequence[int] = ()
+    """Output before this row's token, draft tokens on the way to it included; needed by penalties alone."""
+    banned_token_ids: Sequence[int] = ()
     """Not before `min_tokens`."""
-
-    @property
-    def position(self) -> int:
-        """Output position of the token to be chosen."""
-        return len(self.output_token_ids)
 
     @property
     def adjusts_logits(self) -> bool:
@@ -55,6 +54,11 @@ class SampledToken:
 def truncates(sampling: SamplingParams) -> bool:
     """Whether part of the distribution is cut off (greedy choice is above every cut)."""
     return sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0)
+
+
+def penalizes(sampling: SamplingParams) -> bool:
+    """Whether a choice depends on the tokens before it by more than the logits."""
+    return bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0)
 
 
 def is_plain_greedy(sampling: SamplingParams) -> bool:
@@ -102,7 +106,12 @@ class Sampler:
 
 def greedy(logits: torch.Tensor) -> list[int]:
     """The lowest of each row's most probable ids."""
-    token_ids: list[int] = logits.argmax(dim=-1).tolist()
+    if kernels.serves(logits):
+        chosen = torch.empty(logits.shape[0], dtype=torch.int64)
+        kernels.greatest(kernels.as_array(logits), chosen.numpy())
+    else:
+        chosen = logits.argmax(dim=-1)
+    token_ids: list[int] = chosen.tolist()
     return token_ids
 
 
@@ -138,25 +147,37 @@ def _divide_by_temperature(scores: torch.Tensor, rows: Sequence[SamplingRow]) ->
 
 
 def _truncate(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    """top_k, then top_p of what is left, then min_p; what falls becomes -inf. Only rows that ask for it are sorted."""
+    """top_k, then top_p of what is left, then min_p; what falls becomes -inf. Only rows that ask for it are looked at."""
     cut = [index for index, row in enumerate(rows) if truncates(row.sampling)]
     if not cut:
         return
-    device, vocabulary_size = scores.device, scores.shape[1]
+    device = scores.device
     at = torch.tensor(cut, device=device)
     asked = [rows[index].sampling for index in cut]
-    top_k = torch.tensor([s.top_k or vocabulary_size for s in asked], device=device)[:, None]
+    top_k = torch.tensor([s.top_k for s in asked], device=device)[:, None]
     top_p = torch.tensor([s.top_p for s in asked], dtype=torch.float64, device=device)[:, None]
     min_p = torch.tensor([s.min_p for s in asked], dtype=torch.float64, device=device)[:, None]
-    ordered, order = scores[at].sort(dim=-1, descending=True, stable=True)  # [cut, vocabulary]
-    ordered.masked_fill_(torch.arange(vocabulary_size, device=device) >= top_k, -torch.inf)
+    if device.type == "cpu":
+        part = scores[at]
+        weights = (part - part.amax(dim=-1, keepdim=True)).exp_()
+        kernels.keep_likely(*(tensor.numpy() for tensor in (part, weights, top_k[:, 0], top_p[:, 0], min_p[:, 0])))
+        scores[at] = part
+    else:
+        scores[at] = _keep_likely(scores[at], top_k, top_p, min_p)
+
+
+def _keep_likely(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """`kernels.keep_likely` by sorting whole rows; scores [rows, vocabulary], the others [rows, 1]."""
+    top_k = torch.where(top_k > 0, top_k, scores.shape[1])
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    ordered.masked_fill_(torch.arange(scores.shape[1], device=scores.device) >= top_k, -torch.inf)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     # A token stays while those before it fall short of top_p; the first one always does.
     fallen = ((before >= top_p) & (top_p < 1.0)) | (probabilities < min_p * probabilities[:, :1])
     fallen[:, 0] = False
     ordered.masked_fill_(fallen, -torch.inf)
-    scores[at] = torch.empty_like(ordered).scatter_(1, order, ordered)
+    return torch.empty_like(ordered).scatter_(1, order, ordered)
 
 
 def _gaps(scores: torch.Tensor, chosen: torch.Tensor, rows: Sequence[SamplingRow]) -> list[float | None]:

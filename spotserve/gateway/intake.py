@@ -103,6 +103,7 @@ class Intake:
                         prompt_token_ids=prompt.token_ids,
                         sampling=msgspec.structs.replace(sampling, seed=choice_seed(seed, index)),
                         arrival_s=now_s,
+                        priority=body.priority or 0,
                     )
                 )
         envelope = Envelope(

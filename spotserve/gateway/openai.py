@@ -55,6 +55,7 @@ class CallBody(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: Natural | None = None
     stop_token_ids: list[Natural] | None = None
     ignore_eos: bool | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None

@@ -270,6 +270,7 @@ class Relay:
         if delta.epoch > transcript.epoch or transcript.owner != replica_id:
             transcript.owned_by(replica_id, delta.epoch)
         self._metrics.tokens_recomputed.inc(delta.recomputed_tokens)
+        self._metrics.prefix_cached_tokens.inc(delta.cached_tokens)
         self._metrics.draft_tokens.inc(delta.draft_tokens)
         self._metrics.accepted_tokens.inc(delta.accepted_tokens)
         if not transcript.token_ids and delta.token_ids:

@@ -77,6 +77,8 @@ def load_tokenizer(model: str) -> Tokenizer:
     Raises:
         ModelError: there are no such files, or they make no sense.
     """
+    if model.startswith("s3://"):
+        raise ModelError(f"{model}: tokenizers are not read from there; name a local folder or a hub id in engine.tokenizer")
     folder = Path(model) if Path(model).is_dir() else _fetch(model)
     try:
         settings = _read_json(folder / "tokenizer_config.json")

@@ -6,46 +6,63 @@ the one wins in which more slots stay on their device: a replica that need not m
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from spotserve.core.cluster import DeviceId
+from spotserve.core.cut import stage_cuts, units_held
 from spotserve.core.messages import HeldSlot
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel, Placement, Slot
-from spotserve.migration.slices import common, shard_bytes, stage_layers
+from spotserve.migration.slices import Pieces, common, count, layers_held, minus, portions_of, unit_bytes
 
 _EXACT = 2**53
 """Integers below it are exact in the floating point of the solver."""
 
+_Part: TypeAlias = tuple[int, int, int, int]
+"""Stages, shards, and which stage and shard: all that says what a slot holds."""
 
-def reusable_bytes(model: ModelSpec, held: HeldSlot | None, slot: Slot, parallel: Parallel, *, kv_bytes: int = 0) -> int:
-    """Bytes on a device that `slot` of a replica of shape `parallel` would not have to fetch.
 
-    `held` is what the device has in memory (None: nothing); `kv_bytes` is the live KV beside it, which counts as far as the
-    slot covers its layers and heads, and only for a slot of the same replica, which inherits the requests.
+def reusable_bytes(model: ModelSpec, held: Sequence[HeldSlot], slot: Slot, parallel: Parallel) -> int:
+    """Weights on a device that `slot` of a replica of shape `parallel` would not have to fetch, in bytes.
+
+    `held` is what the device has in memory: nothing, one slot, or two while it is re-cut; what both have counts once.
     """
-    if held is None:
-        return 0
-    old, new = held.slot, slot
+    there = tuple((each.pipeline, each.tensor, each.slot.stage, each.slot.shard) for each in held)
+    return _reusable_bytes(model, there, (parallel.pipeline, parallel.tensor, slot.stage, slot.shard))
 
-    def in_both(layer_bytes: int) -> int:
-        return common(shard_bytes(layer_bytes, held.tensor, old.shard), shard_bytes(layer_bytes, parallel.tensor, new.shard))
 
-    old_layers = stage_layers(model.num_layers, held.pipeline, old.stage)
-    common_layers = common(old_layers, stage_layers(model.num_layers, parallel.pipeline, new.stage))
-    weights = common_layers * in_both(model.layer_bytes)
-    if old.stage == new.stage == 0:
-        weights += in_both(model.embedding_bytes)
-    if old.stage == held.pipeline - 1 and new.stage == parallel.pipeline - 1:
-        weights += in_both(model.head_bytes)
-    if kv_bytes == 0 or old.replica_id != new.replica_id:
-        return weights
-    # Exact shares over a common denominator of the two ways to cut: parts of 1 / (M_old * M_new) of each layer.
-    parts = held.tensor * parallel.tensor
-    both = common_layers * common(shard_bytes(parts, held.tensor, old.shard), shard_bytes(parts, parallel.tensor, new.shard))
-    return weights + kv_bytes * both // (len(old_layers) * parallel.tensor or 1)
+@lru_cache(maxsize=65_536)
+def _reusable_bytes(model: ModelSpec, held: tuple[_Part, ...], wanted: _Part) -> int:
+    """Slots of many replicas are alike: a fleet has few different pairs of them."""
+    pipeline, tensor, stage, shard = wanted
+    num_bytes = 0
+    for layer in layers_held(model, pipeline, stage):
+        sharing = [(its_tensor, its_shard) for its, its_tensor, on, its_shard in held if layer in layers_held(model, its, on)]
+        if not sharing:
+            continue
+        for num_units, each in unit_bytes(portions_of(model, layer)).items():
+            needed = units_held(num_units, tensor, shard)
+            missing: Pieces = (needed,)
+            for its_tensor, its_shard in sharing:
+                missing = minus(missing, units_held(num_units, its_tensor, its_shard))
+            num_bytes += (len(needed) - count(missing)) * each
+    return num_bytes
+
+
+def inheritable_kv_bytes(model: ModelSpec, live: HeldSlot, slot: Slot, parallel: Parallel, tokens: int) -> int:
+    """KV of `tokens` tokens beside the slot `live` that `slot` of a replica of shape `parallel` would go on with, in bytes.
+
+    It counts as far as both have the same layers and the same heads.
+    """
+    layers = common(stage_cuts(model, live.pipeline)[live.slot.stage], stage_cuts(model, parallel.pipeline)[slot.stage])
+    heads = common(
+        units_held(model.num_kv_heads, live.tensor, live.slot.shard), units_held(model.num_kv_heads, parallel.tensor, slot.shard)
+    )
+    return layers * heads * 2 * model.head_size * model.value_bytes * tokens
 
 
 def place(

@@ -11,6 +11,8 @@ on each sequence: the feasible action under which its client waits least. With `
 that waits for the port goes on decoding. `queued` are the tokens that its destination computes for earlier sequences of this
 drain. Sequences with the most computed tokens choose first, because they have the most to lose.
 
+When a replica is replaced while its machines stay, there is no deadline to weigh: its sequences are spread (`spread`).
+
 Pure. Does not know how a verdict is carried out; every sequence gets exactly one.
 """
 
@@ -45,6 +47,8 @@ class Destination:
     free_sequences: int
     """Sequences it can take and run at once; negative when some already wait there."""
     speed: InstanceSpeed
+    context_tokens: int = 0
+    """Of the sequences that it has."""
 
 
 @dataclass(slots=True)
@@ -116,12 +120,43 @@ def decide(
     return tuple(orders)
 
 
-def fallback(destinations: Sequence[Destination]) -> SequenceOrder:
-    """The verdict on sequences that nobody had reported when the others were decided: RESUME where there is most room."""
+def spread(sequences: Sequence[SequenceReport], destinations: Sequence[Destination]) -> tuple[SequenceOrder, ...]:
+    """One order per sequence of replicas whose place others take, longest context first: a step of a destination reads all of
+    its KV, so contexts are divided as evenly as their room allows (longest processing time first: Graham, 1969).
+
+    What has KV is moved, the rest is computed where it goes. Beyond the room of all destinations sequences are computed again
+    where they will be next.
+    """
+    free = {each.replica_id: each.free_sequences for each in destinations}
+    tokens = {each.replica_id: each.context_tokens for each in destinations}
+    orders = []
+    for sequence in sorted(sequences, key=lambda each: (-each.context_tokens, each.request_id)):
+        chosen = min(
+            destinations,
+            key=lambda each: (free[each.replica_id] <= 0, tokens[each.replica_id], each.replica_id),
+            default=None,
+        )
+        if chosen is None:
+            orders.append(_order(sequence, SequenceAction.RESUME, None, "its replica is replaced: nowhere to go"))
+            continue
+        if sequence.computed_tokens == 0:
+            action, reason = SequenceAction.RESUME, "no KV to move"
+        elif free[chosen.replica_id] <= 0:
+            action, reason = SequenceAction.RESUME, f"{chosen.replica_id} has no room for its KV"
+        else:
+            action, reason = SequenceAction.MOVE, f"move {sequence.computed_tokens} tokens of KV"
+        free[chosen.replica_id] -= 1
+        tokens[chosen.replica_id] += sequence.context_tokens
+        orders.append(_order(sequence, action, chosen, f"its replica is replaced: {reason}"))
+    return tuple(orders)
+
+
+def fallback(destinations: Sequence[Destination], action: SequenceAction = SequenceAction.RESUME) -> SequenceOrder:
+    """The verdict on sequences that nobody had reported when the others were decided: `action`, where there is most room."""
     freest = max(sorted(destinations, key=lambda each: each.replica_id), key=lambda each: each.free_sequences, default=None)
     return SequenceOrder(
         request_id="",
-        action=SequenceAction.RESUME,
+        action=SequenceAction.RESUME if freest is None else action,
         destination_replica_id=None if freest is None else freest.replica_id,
         destination=None if freest is None else freest.address,
         reason="not known when the drain was decided",

@@ -1,22 +1,53 @@
-"""Which part of the weights a slot holds, as exact numbers of bytes, for any number of stages and shards.
+"""Which part of the weights a slot holds, so that it can be compared between any two shapes.
 
-A stage holds a contiguous range of layers; embedding and head are layers of their own, on the first and the last stage. Shard
-m of M holds bytes [m * n // M, (m + 1) * n // M) of each layer of n bytes, so that shards never overlap and miss nothing.
+The rule itself is `core.cut`. Portions of one layer that are divided into the same number of units are divided alike, so they
+count as one *class*: a slot that holds some units of a class holds them of every portion in it. Sets of units are kept as
+ranges, since a layer may have as many units as a matrix has columns.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 
-def stage_layers(num_layers: int, pipeline: int, stage: int) -> range:
-    """Decoder layers of `stage`: an even split over `pipeline` stages, one more for the first ones when it does not divide."""
-    assert 0 <= stage < pipeline and num_layers >= 0
-    each, remainder = divmod(num_layers, pipeline)
-    start = stage * each + min(stage, remainder)
-    return range(start, start + each + (stage < remainder))
+from spotserve.core.cut import EMBEDDING, head_of, stage_cuts
+from spotserve.core.model import ModelSpec, Portion
+
+Pieces = tuple[range, ...]
+"""A set of numbers as ranges of step 1 that have none in common."""
 
 
-def shard_bytes(num_bytes: int, tensor: int, shard: int) -> range:
-    """Positions of the bytes of a layer of `num_bytes` that are on `shard` of `tensor` shards."""
-    assert 0 <= shard < tensor
-    return range(shard * num_bytes // tensor, (shard + 1) * num_bytes // tensor)
+def layers_held(model: ModelSpec, pipeline: int, stage: int) -> range:
+    """Layers on `stage` of `pipeline` stages, pseudo-layers included: the first stage begins with the embedding, the last one
+    ends with the head."""
+    decoder = stage_cuts(model, pipeline)[stage]
+    start = EMBEDDING if stage == 0 else decoder.start
+    return range(start, head_of(model) + 1 if stage == pipeline - 1 else decoder.stop)
+
+
+def portions_of(model: ModelSpec, layer: int) -> tuple[Portion, ...]:
+    """Weights of one layer; `layer` may be a pseudo-layer."""
+    if layer == EMBEDDING:
+        return model.embedding
+    return model.head if layer == head_of(model) else model.layer
+
+
+def unit_bytes(portions: tuple[Portion, ...]) -> Mapping[int, int]:
+    """For each class of portions, by its number of units, the bytes of one unit of all its portions together."""
+    classes: Counter[int] = Counter()
+    for portion in portions:
+        classes[portion.units] += portion.num_bytes // portion.units
+    return classes
+
+
+def minus(pieces: Pieces, other: range) -> Pieces:
+    """What is in `pieces` and not in `other`."""
+    left = (range(piece.start, min(piece.stop, other.start)) for piece in pieces)
+    right = (range(max(piece.start, other.stop), piece.stop) for piece in pieces)
+    return tuple(piece for piece in (*left, *right) if piece) if other else pieces
+
+
+def count(pieces: Pieces) -> int:
+    """How many numbers are in `pieces`."""
+    return sum(map(len, pieces))
 
 
 def common(first: range, second: range) -> int:

@@ -9,27 +9,25 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from spotserve.checkpoint.open import open_store
-from spotserve.core.errors import ChannelClosed, ModelError, WireError
+from spotserve.core.errors import ChannelClosed, ModelError, PeerLost, WireError
 from spotserve.core.messages import (
     Activate,
     Address,
     Attach,
     Cancel,
     Claim,
+    Deactivate,
     Drain,
     Drained,
     HandOver,
-    HeldSlot,
-    KvPart,
     Registered,
-    ReplicaFailed,
-    ReplicaReady,
     Stop,
     Submit,
     Undrain,
@@ -37,14 +35,14 @@ from spotserve.core.messages import (
     WorkerEvent,
     WorkerInbound,
 )
-from spotserve.engine.engine import Engine
 from spotserve.system_clock import SystemClock
-from spotserve.system_folder import SystemFolder, process_name
+from spotserve.system_folder import SystemFolder, SystemRecord, process_name
 from spotserve.wire import Channel, bound_port, connect, listen
 from spotserve.worker.drain import carry_out
-from spotserve.worker.engine_thread import EngineThread
 from spotserve.worker.options import WorkerOptions
-from spotserve.worker.transfer import Arrivals, Parcel
+from spotserve.worker.rank_process import fork_ranks
+from spotserve.worker.remote_starter import RemoteStarter
+from spotserve.worker.replica_starter import ReplicaStarter
 from spotserve.worker.worker import Worker
 
 RECONNECT_S = 0.1
@@ -56,7 +54,9 @@ log = logging.getLogger(__name__)
 class WorkerProcess:
     """Ties a `Worker` to its listening port, its controller and its engine thread."""
 
-    def __init__(self, options: WorkerOptions, worker: Worker, secret: str) -> None:
+    def __init__(
+        self, options: WorkerOptions, worker: Worker, secret: str, *, rank_processes: Sequence[socket.socket] = ()
+    ) -> None:
         self._options = options
         self._worker = worker
         self._secret = secret
@@ -64,11 +64,22 @@ class WorkerProcess:
         self._folder = SystemFolder(options.folder_path)
         self._clock = SystemClock()
         self._controller: Channel[WorkerCommand] | None = None
-        self._active: Activate | None = None
-        self._thread: EngineThread | None = None
-        self._loading = asyncio.Lock()
-        """Held while weights are loaded: an instance may be told of another replica meanwhile."""
-        self._drain: asyncio.Task[None] | None = None
+        engine = options.engine_settings()
+        self._replicas: ReplicaStarter | RemoteStarter
+        if engine.kind == "openai":
+            self._replicas = RemoteStarter(worker, engine, host=options.host, report=self._report, on_failure=self.end)
+        else:
+            self._replicas = ReplicaStarter(
+                self._worker,
+                engine,
+                self._settings,
+                host=options.host,
+                secret=secret,
+                rank_processes=rank_processes,
+                report=self._report,
+                on_failure=self.end,
+            )
+        self._drains: dict[str, asyncio.Task[None]] = {}
         self._jobs: set[asyncio.Task[None]] = set()
         self.address = Address("", 0)
         self.stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -79,7 +90,6 @@ class WorkerProcess:
     async def on_channel(self, channel: Channel[WorkerInbound]) -> None:
         """Serves one gateway or peer until it hangs up."""
         gateway_id: str | None = None
-        arrivals = Arrivals()
         try:
             while True:
                 message = await channel.receive()
@@ -88,9 +98,7 @@ class WorkerProcess:
                         gateway_id = message.gateway_id
                         self._worker.attach(gateway_id, channel)  # type: ignore[arg-type]
                     case HandOver():
-                        await self._arrived(arrivals.open(message), channel)
-                    case KvPart():
-                        await self._arrived(arrivals.add(message), channel)
+                        channel.send(await self._worker.adopt(message))
                     case _ if gateway_id is None:
                         raise WireError(f"{type(message).__name__} before Attach")
                     case Submit():
@@ -102,10 +110,6 @@ class WorkerProcess:
         finally:
             if gateway_id is not None:
                 self._worker.detach(gateway_id, channel)  # type: ignore[arg-type]
-
-    async def _arrived(self, parcel: Parcel | None, channel: Channel[WorkerInbound]) -> None:
-        if parcel is not None:
-            channel.send(await self._worker.adopt(parcel))
 
     # ------------------------------------------------------------------ controller
 
@@ -119,6 +123,7 @@ class WorkerProcess:
                 log.debug("controller: %s", error)
             if self._controller is not None:
                 last_seen_s, self._controller = self._clock.now_s(), None
+                self._replicas.give_up_coming()
             if self._clock.now_s() - last_seen_s > self._settings.orphan_s:
                 log.warning("no controller for %.0f s: leaving", self._settings.orphan_s)
                 self.end(None)
@@ -139,18 +144,16 @@ class WorkerProcess:
             channel.close()
 
     def _registration(self) -> Registered:
-        active = self._active if self._worker.model is not None else None
-        parallel = active.replica.parallel if active else None
         return Registered(
             instance_id=self._options.instance_id,
             address=self.address,
             pid=os.getpid(),
-            num_devices=1,
+            ranks=self._replicas.ranks,
             spot=self._options.spot,
             zone=self._options.zone,
-            replicas=(active.replica,) if active else (),
-            held=(HeldSlot(0, active.slot, parallel.pipeline, parallel.tensor),) if active and parallel else (),
-            model=self._worker.model,
+            replicas=self._replicas.serving,
+            held=self._replicas.held,
+            model=self._replicas.model,
         )
 
     async def send_heartbeats(self) -> None:
@@ -170,70 +173,35 @@ class WorkerProcess:
     def _obey(self, command: WorkerCommand) -> None:
         match command:
             case Activate():
-                self._start_job(self._activate(command))
+                self._start_job(self._replicas.activate(command))
+            case Deactivate():
+                self._replicas.deactivate(command)
             case Drain():
-                self._stop_draining()
-                self._worker.is_draining = True
-                self._worker.suggested_replica_id = command.fallback.destination_replica_id
-                self._drain = self._start_job(self._carry_out(command))
+                self._start_draining(command)
             case Undrain():
-                self._stop_draining()
+                self._stop_draining(command.replica_id)
             case Stop():
                 self.end(None)
 
-    def _stop_draining(self) -> None:
-        if self._drain is not None:
-            self._drain.cancel()
-        self._drain = None
-        self._worker.is_draining = False
+    def _start_draining(self, drain: Drain) -> None:
+        self._stop_draining(drain.replica_id)
+        replica = self._worker.led(drain.replica_id)
+        if replica is not None:
+            replica.is_draining = True
+            replica.suggested_replica_id = drain.fallback.destination_replica_id
+        self._drains[drain.replica_id] = self._start_job(self._carry_out(drain))
+
+    def _stop_draining(self, replica_id: str) -> None:
+        under_way = self._drains.pop(replica_id, None)
+        if under_way is not None:
+            under_way.cancel()
+        replica = self._worker.led(replica_id)
+        if replica is not None:
+            replica.is_draining = False
 
     async def _carry_out(self, drain: Drain) -> None:
         await carry_out(self._worker, drain, secret=self._secret, clock=self._clock, on_moved=self._report)
         self._report(Drained(instance_id=self._options.instance_id, replica_id=drain.replica_id))
-
-    # ------------------------------------------------------------------ engine
-
-    async def _activate(self, activate: Activate) -> None:
-        """Brings a replica up. The weights are loaded once: another replica id on the same instance reuses them."""
-        problem = None
-        if activate.replica.parallel.num_slots > 1:
-            problem = "this engine runs replicas of one stage and one shard"
-        else:
-            async with self._loading:
-                problem = await self._load(activate) if self._thread is None else None
-        if problem is not None:
-            self._report(
-                ReplicaFailed(
-                    instance_id=self._options.instance_id,
-                    replica_id=activate.replica.replica_id,
-                    plan_epoch=activate.plan_epoch,
-                    reason=problem,
-                )
-            )
-            return
-        self._active = activate
-        assert self._worker.model is not None
-        self._report(
-            ReplicaReady(
-                instance_id=self._options.instance_id,
-                replica_id=activate.replica.replica_id,
-                plan_epoch=activate.plan_epoch,
-                model=self._worker.model,
-            )
-        )
-
-    async def _load(self, activate: Activate) -> str | None:
-        """Starts the engine; why it could not, else None."""
-        settings = self._options.engine_settings().model_copy(update={"max_batch": activate.replica.parallel.max_batch})
-        thread = EngineThread(lambda: Engine(settings), on_step=self._worker.on_step, on_failure=self.end)
-        self._thread = thread
-        try:
-            engine = await thread.start()
-        except ModelError as error:
-            self._thread = None
-            return str(error)
-        self._worker.use_engine(thread, engine.spec)
-        return None
 
     # ------------------------------------------------------------------ inner
 
@@ -259,17 +227,14 @@ class WorkerProcess:
             self.end(error)
 
 
-async def serve(options: WorkerOptions) -> None:
+async def serve(options: WorkerOptions, record: SystemRecord, rank_processes: Sequence[socket.socket]) -> None:
     """Runs the worker until it is told to leave."""
     folder = SystemFolder(options.folder_path)
-    record = folder.read()
-    if record is None:
-        raise WireError(f"{folder.record_path} is not there: no system runs in {folder.path}")
     store = open_store(options.store_settings(), folder.default_store_path)
     async with contextlib.AsyncExitStack() as at_end:
         at_end.push_async_callback(store.close)
         worker = Worker(options.instance_id, options.worker_settings(), store, SystemClock())
-        process = WorkerProcess(options, worker, record.secret)
+        process = WorkerProcess(options, worker, record.secret, rank_processes=rank_processes)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, process.end, None)
         server = await listen(
             options.host, 0, secret=record.secret, inbound=WorkerInbound, on_channel=process.on_channel, on_refused=log.warning
@@ -297,8 +262,16 @@ def main(options: WorkerOptions) -> int:
         level=logging.INFO, format=f"%(asctime)s {options.instance_id} %(levelname)s %(message)s", stream=sys.stderr
     )
     try:
-        asyncio.run(serve(options))
-    except (WireError, ModelError) as error:
+        folder = SystemFolder(options.folder_path)
+        record = folder.read()
+        if record is None:
+            raise WireError(f"{folder.record_path} is not there: no system runs in {folder.path}")
+        silence_s = options.worker_settings().rank_silence_s
+        rank_processes = fork_ranks(
+            options.devices, options.engine_settings(), host=options.host, secret=record.secret, silence_s=silence_s
+        )
+        asyncio.run(serve(options, record, rank_processes))
+    except (WireError, ModelError, PeerLost) as error:
         log.error("%s", error)
         return 1
     return 0

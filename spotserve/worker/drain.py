@@ -13,9 +13,17 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from spotserve.core.clock import Clock
-from spotserve.core.errors import WireError
-from spotserve.core.messages import Drain, SequenceAction, SequenceMoved, SequenceOrder
-from spotserve.worker.transfer import Parcel, PeerLinks
+from spotserve.core.errors import PeerLost, WireError
+from spotserve.core.messages import (
+    Address,
+    Drain,
+    HandOver,
+    HandOverAnswered,
+    SequenceAction,
+    SequenceMoved,
+    SequenceOrder,
+)
+from spotserve.worker.transfer import PeerLinks
 from spotserve.worker.worker import Worker
 
 LEAVE_BEFORE_DEADLINE_S = 0.25
@@ -31,9 +39,9 @@ log = logging.getLogger(__name__)
 
 
 async def carry_out(worker: Worker, drain: Drain, *, secret: str, clock: Clock, on_moved: Callable[[SequenceMoved], None]) -> None:
-    """Empties the worker as `drain` says; returns when nothing runs any more."""
+    """Empties a replica as `drain` says; returns when nothing runs on it any more."""
     orders = {order.request_id: order for order in drain.orders}
-    by_action = _group(worker, orders, drain.fallback)
+    by_action = _group(worker, drain, orders)
     for order in by_action[SequenceAction.RESUME]:
         worker.release(order.request_id, order.reason, order.destination_replica_id)
     links = PeerLinks(secret)
@@ -42,7 +50,7 @@ async def carry_out(worker: Worker, drain: Drain, *, secret: str, clock: Clock, 
             await _move(worker, order, links, deadline_s=drain.deadline_s, clock=clock, on_moved=on_moved)
         await _wait_for_the_rest(worker, drain, clock)
         move_until_s = drain.deadline_s - LET_GO_BEFORE_DEADLINE_S
-        for order in _late(worker, drain.fallback):
+        for order in _late(worker, drain):
             if order.action is SequenceAction.MOVE and clock.now_s() < move_until_s:
                 await _move(worker, order, links, deadline_s=move_until_s, clock=clock, on_moved=on_moved)
             else:
@@ -51,11 +59,10 @@ async def carry_out(worker: Worker, drain: Drain, *, secret: str, clock: Clock, 
         links.close()
 
 
-def _group(
-    worker: Worker, orders: Mapping[str, SequenceOrder], fallback: SequenceOrder
-) -> dict[SequenceAction, list[SequenceOrder]]:
+def _group(worker: Worker, drain: Drain, orders: Mapping[str, SequenceOrder]) -> dict[SequenceAction, list[SequenceOrder]]:
     """Orders of what runs here now, by action; in the controller's order, then what it had not heard of."""
-    running = {request.request_id for request in worker.running_requests()}
+    fallback = drain.fallback
+    running = {request.request_id for request in worker.running_requests(drain.replica_id)}
     grouped: dict[SequenceAction, list[SequenceOrder]] = {action: [] for action in SequenceAction}
     for order in orders.values():
         if order.request_id in running:
@@ -83,29 +90,41 @@ async def _move(
 ) -> None:
     assert order.destination is not None, "an order to move names where to"
     assert order.destination_replica_id is not None, "an order to move names the replica"
-    try:
-        await links.open(order.destination, within_s=_time_left_s(deadline_s, clock))
-    except WireError as error:
-        worker.release(order.request_id, f"not moved: {error}", None)
-        return
-    parcel = None
-    refusal: str | None = "the drain was called off"
+    stays = worker.led(order.destination_replica_id) is not None
+    if not stays:
+        try:
+            await links.open(order.destination, within_s=_time_left_s(deadline_s, clock))
+        except WireError as error:
+            worker.release(order.request_id, f"not moved: {error}", None)
+            return
+    hand_over = None
+    answer = HandOverAnswered(request_id=order.request_id, accepted=False, reason="the drain was called off")
     started_s = time.perf_counter()
     try:
-        parcel = await worker.pack(order.request_id)
-        refusal = "it has ended" if parcel is None else await _deliver(parcel, order, links, _time_left_s(deadline_s, clock))
+        hand_over = await worker.pack(order.request_id)
+        if hand_over is None:
+            answer = HandOverAnswered(request_id=order.request_id, accepted=False, reason="it has ended, or has no KV to move")
+        elif stays:
+            answer = await worker.pass_on(hand_over, order.destination_replica_id)
+        else:
+            answer = await _offer(hand_over, order.destination, links, _time_left_s(deadline_s, clock))
+    except PeerLost as error:
+        answer = HandOverAnswered(request_id=order.request_id, accepted=False, reason=f"its replica has broken: {error}")
     finally:
-        if refusal is not None:  # the sequence has left the engine: whatever went wrong, it must not be stranded here
-            log.info("%s was not moved: %s", order.request_id, refusal)
-            worker.release(order.request_id, f"not moved: {refusal}", None)
-    if parcel is not None and refusal is None:
-        worker.ship(parcel, order.destination_replica_id)
+        if not answer.accepted:  # the sequence has left the engine: whatever went wrong, it must not be stranded here
+            log.info("%s was not moved: %s", order.request_id, answer.reason)
+            worker.release(order.request_id, f"not moved: {answer.reason}", None)
+            if hand_over is not None:
+                worker.unfreeze(hand_over)
+    if hand_over is not None and answer.accepted:
+        if not stays:
+            worker.ship(hand_over, order.destination_replica_id)
         on_moved(
             SequenceMoved(
                 instance_id=worker.instance_id,
                 request_id=order.request_id,
                 destination_replica_id=order.destination_replica_id,
-                kv_bytes=parcel.kv_bytes,
+                kv_bytes=answer.kv_bytes,
                 seconds=time.perf_counter() - started_s,
             )
         )
@@ -115,26 +134,23 @@ def _time_left_s(deadline_s: float, clock: Clock) -> float:
     return max(0.0, min(MOVE_TIMEOUT_S, deadline_s - clock.now_s()))
 
 
-async def _deliver(parcel: Parcel, order: SequenceOrder, links: PeerLinks, within_s: float) -> str | None:
-    """Why the parcel was not taken; None when it was."""
-    assert order.destination is not None
+async def _offer(hand_over: HandOver, destination: Address, links: PeerLinks, within_s: float) -> HandOverAnswered:
     try:
-        answer = await links.deliver(parcel, order.destination, within_s=within_s)
+        return await links.deliver(hand_over, destination, within_s=within_s)
     except WireError as error:
-        return str(error)
-    return None if answer.accepted else answer.reason
+        return HandOverAnswered(request_id=hand_over.request.request_id, accepted=False, reason=str(error))
 
 
 async def _wait_for_the_rest(worker: Worker, drain: Drain, clock: Clock) -> None:
     """Until everything has finished, or the deadline is near."""
-    while worker.running_requests() and clock.now_s() < drain.deadline_s - LEAVE_BEFORE_DEADLINE_S:
+    while worker.running_requests(drain.replica_id) and clock.now_s() < drain.deadline_s - LEAVE_BEFORE_DEADLINE_S:
         await asyncio.sleep(min(0.05, max(0.0, drain.deadline_s - LEAVE_BEFORE_DEADLINE_S - clock.now_s())))
 
 
-def _late(worker: Worker, fallback: SequenceOrder) -> list[SequenceOrder]:
-    """Orders for what did not finish: its KV is worth taking along wherever `fallback` names an address."""
-    action = SequenceAction.RESUME if fallback.destination is None else SequenceAction.MOVE
+def _late(worker: Worker, drain: Drain) -> list[SequenceOrder]:
+    """Orders for what did not finish: its KV is worth taking along wherever the fallback names an address."""
+    action = SequenceAction.RESUME if drain.fallback.destination is None else SequenceAction.MOVE
     return [
-        msgspec.structs.replace(fallback, request_id=request.request_id, action=action, reason="did not finish in time")
-        for request in worker.running_requests()
+        msgspec.structs.replace(drain.fallback, request_id=request.request_id, action=action, reason="did not finish in time")
+        for request in worker.running_requests(drain.replica_id)
     ]

@@ -6,49 +6,52 @@ before it.
 """
 
 import asyncio
-import os
 import queue
-import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from spotserve.engine.engine import Engine
+from spotserve.core.errors import PeerLost
 from spotserve.engine.results import StepResult
+from spotserve.engine.serving import ServingEngine
 
 Result = TypeVar("Result")
-
-LOADING_NICENESS = 5
-"""A quarter of a busy core at least: a fleet that is short of replicas still gets its next one soon."""
 
 
 class EngineThread:
     """Owner of an engine. Everything that touches the engine is a job."""
 
     def __init__(
-        self, load: Callable[[], Engine], *, on_step: Callable[[StepResult], None], on_failure: Callable[[BaseException], None]
+        self, engine: ServingEngine, *, on_step: Callable[[StepResult], None], on_failure: Callable[[BaseException], None]
     ) -> None:
-        self._load = load
+        """`on_failure` hears why the thread ended when nobody stopped it; no job runs after that: who awaits one gets PeerLost."""
+        self._engine = engine
         self._on_step = on_step
         self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
-        self._jobs: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[ServingEngine], None] | None] = queue.SimpleQueue()
+        self._awaited: set[asyncio.Future[Any]] = set()
+        """Of jobs that have not run; touched by the loop only."""
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self) -> asyncio.Future[Engine]:
-        """Starts loading; the future fails with ModelError when the model cannot be loaded."""
-        loaded: asyncio.Future[Engine] = self._loop.create_future()
-        self._loaded = loaded
+    def start(self) -> None:
+        """Steps from now on."""
         self._thread.start()
-        return loaded
 
-    def call(self, job: Callable[[Engine], Result]) -> asyncio.Future[Result]:
-        """Runs `job` between two steps; the future has its result or exception."""
+    def call(self, job: Callable[[ServingEngine], Result], *, settled: bool = False) -> asyncio.Future[Result]:
+        """Runs `job` between two steps; the future has its result or exception. `settled`: with no step under way."""
         future: asyncio.Future[Result] = self._loop.create_future()
+        if self._has_ended:
+            future.set_exception(_ended())
+            return future
+        self._awaited.add(future)
+        future.add_done_callback(self._awaited.discard)
 
-        def run(engine: Engine) -> None:
+        def run(engine: ServingEngine) -> None:
             try:
+                for step in engine.settle() if settled else ():
+                    self._post(self._on_step, step)
                 result = job(engine)
             except Exception as error:  # noqa: BLE001 -- whatever the job raised belongs to the one who awaits it
                 self._post(_set_exception, future, error)
@@ -58,7 +61,7 @@ class EngineThread:
         self._jobs.put(run)
         return future
 
-    def post(self, job: Callable[[Engine], None]) -> None:
+    def post(self, job: Callable[[ServingEngine], None]) -> None:
         """Runs `job` between two steps; nobody waits, and an exception ends the worker."""
         self._jobs.put(job)
 
@@ -72,19 +75,29 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            engine = _load_gently(self._load)
-        except Exception as error:  # noqa: BLE001 -- top of the thread: the one who awaits the engine must hear of it
-            self._post(_set_exception, self._loaded, error)
-            return
-        self._post(_set_result, self._loaded, engine)
-        try:
-            while self._run_jobs(engine):
-                if engine.has_work:
-                    self._post(self._on_step, engine.step())
-        except Exception as error:  # noqa: BLE001 -- top of the thread: a broken engine ends the worker, others take over
+            while self._run_jobs(self._engine):
+                if self._engine.has_work:
+                    self._post(self._on_step, self._engine.step())
+                    self._check_when_dry()
+        except Exception as error:  # noqa: BLE001 -- top of the thread: a broken engine ends, others take over
             self._post(self._on_failure, error)
+        try:
+            self._engine.close()
+        finally:
+            self._post(self._end)
 
-    def _run_jobs(self, engine: Engine) -> bool:
+    def _end(self) -> None:
+        """Jobs that are still queued will not run: nobody may wait for them."""
+        self._has_ended = True
+        for future in tuple(self._awaited):
+            _set_exception(future, _ended())
+
+    def _check_when_dry(self) -> None:
+        """Books that do not balance end the replica before they harm anyone; looked at when there is time."""
+        if not self._engine.has_work:
+            self._engine.check_integrity()
+
+    def _run_jobs(self, engine: ServingEngine) -> bool:
         """Runs what is queued, waiting for a job when there is nothing to step; False when told to stop."""
         while True:
             try:
@@ -96,22 +109,15 @@ class EngineThread:
             job(engine)
 
 
-def _load_gently(load: Callable[[], Engine]) -> Engine:
-    """Loads in a thread of lower priority, so that instances that serve on the same machine do not feel it."""
-    with ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=_lower_priority) as loader:
-        return loader.submit(load).result()
-
-
-def _lower_priority() -> None:
-    if sys.platform == "linux":  # where a thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICENESS)
+def _ended() -> PeerLost:
+    return PeerLost("the replica has ended")
 
 
 def _set_result(future: "asyncio.Future[Result]", result: Result) -> None:
-    if not future.cancelled():
+    if not future.done():
         future.set_result(result)
 
 
 def _set_exception(future: "asyncio.Future[Result]", error: Exception) -> None:
-    if not future.cancelled():
+    if not future.done():
         future.set_exception(error)

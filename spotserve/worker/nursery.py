@@ -19,7 +19,8 @@ from typing import NoReturn
 
 import msgspec
 
-from spotserve.engine.preload import preload
+from spotserve.config import EngineSettings
+from spotserve.engine.preload import compile_for, preload
 from spotserve.worker.app import main as run_worker
 from spotserve.worker.options import WorkerOptions
 
@@ -90,6 +91,7 @@ def main() -> None:
     selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
     selector.register(wake_read, selectors.EVENT_READ)
     decoder = msgspec.json.Decoder(Order)
+    prepared: list[EngineSettings] = []
     rest = b""
     while True:
         for key, _ in selector.select():
@@ -103,6 +105,10 @@ def main() -> None:
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 order = decoder.decode(line)
+                settings = order.options.engine_settings()
+                if settings not in prepared:
+                    prepared.append(settings)
+                    compile_for(settings)
                 pid = os.fork()
                 if pid == 0:
                     _become_worker(order)

@@ -18,8 +18,14 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     engine: dict[str, object]
     worker: dict[str, object]
     store: dict[str, object]
+    devices: int = 1
+    """Its devices: the first is this process's own, each further one gets a rank process."""
     host: str = "127.0.0.1"
     """Where it listens for gateways and peers."""
+
+    def __repr__(self) -> str:
+        """Names the instance alone: settings hold keys."""
+        return f"WorkerOptions({self.instance_id!r})"
 
     @property
     def folder_path(self) -> Path:

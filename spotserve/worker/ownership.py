@@ -18,12 +18,16 @@ class OwnedSequence:
     request: Request
     epoch: int
     gateway_id: str
+    replica_id: str
+    """Which of the worker's replicas computes it."""
     token_ids: list[int]
     start_position: int = 0
     """Position of the first token for which log-probabilities and gaps are known here."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    """What went wrong when `finish_reason` is FAILED."""
     finished_s: float = 0.0
 
     @property
@@ -39,6 +43,7 @@ class OwnedSequence:
             logprobs=tuple(self.logprobs) if sampling.logprobs is not None else None,
             gaps=tuple(self.gaps) if sampling.gaps else None,
             finish_reason=self.finish_reason,
+            error=self.error,
         )
 
     @property
@@ -58,7 +63,7 @@ class OwnedSequence:
         self.token_ids.extend(output.token_ids[known:])
         self.logprobs.extend((output.logprobs or ())[known:])
         self.gaps.extend((output.gaps or ())[known:])
-        self.finish_reason = output.finish_reason
+        self.finish_reason, self.error = output.finish_reason, output.error
         return TokenDelta(
             request_id=output.request_id,
             epoch=self.epoch,
@@ -67,7 +72,9 @@ class OwnedSequence:
             logprobs=output.logprobs[known:] if output.logprobs is not None else None,
             gaps=output.gaps[known:] if output.gaps is not None else None,
             finish_reason=output.finish_reason,
+            error=output.error,
             recomputed_tokens=output.recomputed_tokens,
+            cached_tokens=output.cached_tokens,
             draft_tokens=output.draft_tokens,
             accepted_tokens=output.accepted_tokens,
         )

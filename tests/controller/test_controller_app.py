@@ -25,9 +25,10 @@ from spotserve.core.messages import (
     InstanceLost,
     NoticeReceived,
     Registered,
-    ReplicaReady,
+    SlotReady,
 )
-from spotserve.core.model import ModelSpec
+from spotserve.core.model import ModelSpec, Portion
+from spotserve.core.plan import Slot
 from spotserve.gateway.app import _http_error
 from spotserve.metrics import Metrics
 
@@ -42,14 +43,15 @@ MODEL = ModelSpec(
     head_size=8,
     vocabulary_size=100,
     context_tokens=512,
-    layer_bytes=1000,
-    embedding_bytes=400,
-    head_bytes=400,
+    layer=(Portion(1, 1000),),
+    embedding=(Portion(1, 400),),
+    head=(Portion(1, 400),),
     value_bytes=4,
 )
 LEVERS: list[tuple[str, str, Any]] = [
     ("GET", "/admin/events", None),
     ("POST", "/admin/preempt", {"instance": "i-1", "grace_s": 3}),
+    ("POST", "/admin/reshape", {"data": 1, "pipeline": 1, "tensor": 1}),
     ("POST", "/admin/launch", {"count": 1}),
     ("POST", "/admin/terminate", {"instance": "i-1"}),
     ("POST", "/admin/restock", {"seconds": 1}),
@@ -92,8 +94,19 @@ class House:
         self.controller = Controller(state, Executor(self.cloud), clock=self.clock, metrics=self.metrics)
         hear = self.controller.dispatch
         hear(InstanceLaunched(instance_id="i-1", spot=True, zone="z", usd_per_hour=1.0))
-        hear(Registered(instance_id="i-1", address=Address("127.0.0.1", 1), pid=7, num_devices=1, spot=True, zone="z"))
-        hear(ReplicaReady(instance_id="i-1", replica_id=next(iter(state.replicas)), plan_epoch=1, model=MODEL))
+        ranks = (Address("127.0.0.1", 2),)
+        hear(Registered(instance_id="i-1", address=Address("127.0.0.1", 1), pid=7, ranks=ranks, spot=True, zone="z"))
+        hear(
+            SlotReady(
+                instance_id="i-1",
+                device_index=0,
+                slot=Slot(next(iter(state.replicas)), 0, 0),
+                plan_epoch=1,
+                model=MODEL,
+                pulled_bytes=0,
+                invariant="batch",
+            )
+        )
         self.router = create_router(
             self.controller,
             self.cloud,  # type: ignore[arg-type]
@@ -170,6 +183,8 @@ async def test_what_levers_do(house: House) -> None:
         ("/admin/preempt", {"instance": "i-1", "grace_s": 1e9}),
         ("/admin/preempt", '{"instance": "i-1", "grace_s": NaN}'),
         ("/admin/preempt", {"instance": 7, "grace_s": 1}),
+        ("/admin/reshape", {"data": 0, "pipeline": 1, "tensor": 1}),
+        ("/admin/reshape", {"data": 1, "pipeline": 1}),
         ("/admin/launch", {"count": 0}),
         ("/admin/launch", {"count": 10_000}),
         ("/admin/terminate", {}),
@@ -184,6 +199,16 @@ async def test_what_makes_no_sense_is_refused(house: House, path: str, body: Any
     assert answer.json()["detail"][0]["msg"]
     assert house.cloud.pulled == []
     assert house.cloud.restock_s == 2.0
+
+
+async def test_a_shape_that_cannot_be_had_is_refused_with_its_reason(house: House) -> None:
+    answer = await house.pull("/admin/reshape", {"pipeline": 2, "tensor": 1})
+    assert (answer.status_code, answer.json()["detail"]) == (409, "auto,2,1 takes 2 devices at least, there is 1")
+    answer = await house.pull("/admin/reshape", {"pipeline": 3, "tensor": 1})
+    assert (answer.status_code, answer.json()["detail"]) == (409, "tiny has 2 layers: it cannot be cut into 3 stages")
+    answer = await house.pull("/admin/reshape", {"data": 1, "pipeline": 1, "tensor": 1})
+    assert (answer.status_code, answer.json()) == (200, {"epoch": 1})
+    assert (await house.ask("GET", "/status")).json()["shape"] == {"data": 1, "pipeline": 1, "tensor": 1}
 
 
 async def test_an_unknown_instance_is_named(house: House) -> None:
@@ -206,11 +231,37 @@ async def test_a_cloud_without_capacity_is_unavailable(house: House) -> None:
 
 async def test_the_keys_of_status_are_an_interface(house: House) -> None:
     status = (await house.ask("GET", "/status")).json()
-    assert list(status) == ["epoch", "model", "instances", "replicas", "requests", "store", "kv", "arithmetic"]
+    assert list(status) == [
+        "epoch",
+        "model",
+        "instances",
+        "replicas",
+        "requests",
+        "store",
+        "kv",
+        "arithmetic",
+        "shape",
+        "migrations",
+    ]
     (instance,) = status["instances"]
     assert list(instance) == ["id", "state", "pid", "devices", "spot", "zone", "deadline_s"]
     (replica,) = status["replicas"]
-    assert list(replica) == ["id", "state", "parallel", "instances", "running", "waiting"]
+    assert list(replica) == ["id", "state", "parallel", "instances", "slots", "layers", "running", "waiting"]
+    assert replica["slots"] == [{"stage": 0, "shard": 0, "instance": "i-1", "device": 0}]
+    assert replica["layers"] == [[0, 2]]
+    assert status["shape"] == {"data": None, "pipeline": 1, "tensor": 1}
+    assert status["arithmetic"]["invariant"] == "batch"
+    (migration,) = status["migrations"]
+    assert list(migration) == [
+        "epoch",
+        "reason",
+        "planned_bytes",
+        "moved_bytes",
+        "kv_bytes",
+        "started_s",
+        "switched_s",
+        "finished_s",
+    ]
     assert replica["parallel"] == {"pipeline": 1, "tensor": 1}
     assert list(status["requests"]) == ["queued", "running", "suspended", "finished", "lost"]
     assert status["store"] == {"url": "sqlite:///x", "healthy": True}

@@ -79,7 +79,14 @@ class House:
     async def register(self, instance_id: str = "i-1") -> Channel[Any]:
         channel = await self.connect(WorkerCommand)
         channel.send(
-            Registered(instance_id=instance_id, address=Address("127.0.0.1", 1), pid=1, num_devices=1, spot=True, zone="z")
+            Registered(
+                instance_id=instance_id,
+                address=Address("127.0.0.1", 1),
+                pid=1,
+                ranks=(Address("127.0.0.1", 2),),
+                spot=True,
+                zone="z",
+            )
         )
         return channel
 

@@ -10,7 +10,7 @@ import pytest
 
 from spotserve import wire
 from spotserve.core.errors import ChannelClosed, WireError
-from spotserve.core.messages import Attach, Cancel, GatewayCommand, Submit
+from spotserve.core.messages import PROTOCOL_VERSION, Attach, Cancel, GatewayCommand, Submit
 from spotserve.core.request import Request, SamplingParams
 from spotserve.wire import Channel, bound_port, connect, listen
 
@@ -79,7 +79,7 @@ def test_another_version_is_named() -> None:
     async def scenario() -> None:
         async with listening() as server:
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            writer.write(wire._GREETING.pack(b"SPOTSERVE", wire.PROTOCOL_VERSION + 1, bytes(16)))
+            writer.write(struct.pack(">9sH16s", b"SPOTSERVE", PROTOCOL_VERSION + 1, bytes(16)))
             await reader.read()  # greeting, then the end
             writer.close()
             assert any("version" in reason for reason in server.refused)

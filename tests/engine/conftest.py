@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spotserve.config import EngineSettings
 from spotserve.core.request import FinishReason, Request, SamplingParams, TokenLogprob
+from spotserve.engine.bring_up import lone_engine
 from spotserve.engine.engine import Engine
 from spotserve.speculation.drafter import Drafter
 
@@ -57,7 +58,7 @@ def make_engine(tiny_llama: Path) -> Callable[..., Engine]:
 
     def make(*, drafter: Drafter | None = None, **settings: object) -> Engine:
         given = {"model": str(tiny_llama), "dtype": "float64", "speculation": "off", "kv_tokens": 4096, **settings}
-        return Engine(EngineSettings.model_validate(given), drafter=drafter)
+        return lone_engine(EngineSettings.model_validate(given), drafter=drafter)
 
     return make
 

@@ -5,22 +5,17 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from spotserve.core.model import ModelSpec
 from spotserve.engine.attention import KvCache, PagedBatch, RowGroup, padded_blocks
 
-SPEC = ModelSpec(
-    name="shape",
-    num_layers=1,
-    num_kv_heads=2,
-    head_size=16,
-    vocabulary_size=8,
-    context_tokens=512,
-    layer_bytes=1,
-    embedding_bytes=1,
-    head_bytes=1,
-    value_bytes=4,
-)
 BLOCK_TOKENS = 16
+
+
+def random_cache(dtype: torch.dtype) -> KvCache:
+    """One layer of two heads, eight blocks and the scratch block."""
+    shape = {"num_kv_heads": 2, "head_size": 16, "num_blocks": 9, "block_tokens": BLOCK_TOKENS}
+    cache = KvCache(range(1), dtype=dtype, device=torch.device("cpu"), **shape)
+    cache.layer(0).normal_()
+    return cache
 
 
 @example(position=64, block_tokens=1)
@@ -38,14 +33,13 @@ def test_padding_depends_on_position_alone_and_nests(position: int, block_tokens
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_tables_of_every_kind_give_the_same_bits(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
     torch.manual_seed(0)
-    cache = KvCache(SPEC, num_blocks=9, block_tokens=BLOCK_TOKENS, dtype=dtype, device=torch.device("cpu"))
-    cache.layers[0].normal_()
+    cache = random_cache(dtype)
     num_rows, num_keys = 8, 128
     positions = torch.arange(110, 110 + num_rows)
     query = torch.randn(num_rows, 2, 2, 16, dtype=dtype)
     blocks = torch.tensor([5, 1, 7, 3, 8, 2, 6, 4])
     slots = (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()
-    key, value = (cache.layers[0][slots[positions], which].clone() for which in (0, 1))  # writes what is there already
+    key, value = (cache.layer(0)[slots[positions], which].clone() for which in (0, 1))  # writes what is there already
 
     def attend(rows: slice, *groups: RowGroup) -> torch.Tensor:
         batch = PagedBatch(cache, slots[positions[rows]], groups)
@@ -61,3 +55,33 @@ def test_tables_of_every_kind_give_the_same_bits(dtype: torch.dtype, window: int
     for row in range(num_rows):
         alone = attend(slice(row, row + 1), RowGroup(0, 1, blocks[None], False, positions[row : row + 1], num_keys))
         assert torch.equal(alone[0], shared[row])
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-3.0, 0.0, 2.0, 50.0, 1.0, -1.0])], ids=["no-sinks", "sinks"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-9), (torch.float32, 2e-6), (torch.bfloat16, 0.02)],
+    ids=["float64", "float32", "bfloat16"],
+)
+def test_it_is_what_the_formula_says(
+    dtype: torch.dtype, tolerance: float, window: int | None, softcap: float | None, sinks: torch.Tensor | None
+) -> None:
+    """softmax(cap(q k)) v over the keys that a row sees, written out in float64, row by row."""
+    torch.manual_seed(1)
+    cache, blocks, positions = random_cache(dtype), torch.tensor([5, 1, 7, 3, 8, 2, 6, 4]), torch.tensor([0, 1, 2, 3, 17, 64, 127])
+    slots = (blocks[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()
+    query = torch.randn(len(positions), 2, 3, 16, dtype=dtype)
+    group = RowGroup(0, len(positions), blocks[None], False, positions, 128)
+    batch = PagedBatch(cache, slots[positions], (group,))
+    got = batch.attend_stored(0, query, scale=0.4, window=window, softcap=softcap, sinks=sinks).view(query.shape)
+    for row, position in enumerate(positions.tolist()):
+        first = 0 if window is None else max(0, position - window + 1)
+        keys, values = cache.layer(0)[slots[first : position + 1]].double().permute(1, 2, 0, 3)  # [kv_heads, keys, size] each
+        scores = query[row].double() @ keys.transpose(1, 2) * 0.4
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        of_nothing = torch.full((2, 3, 1), -torch.inf) if sinks is None else sinks.view(2, 3, 1)
+        weights = torch.cat((scores, of_nothing.double()), dim=-1).softmax(dim=-1)[..., :-1]
+        assert torch.allclose(got[row].double(), weights @ values, atol=tolerance, rtol=0)

@@ -1,16 +1,17 @@
-"""What the worker relies on: refusals, cancelling, reports, exports, and a start after a fork."""
+"""What the worker relies on: refusals, cancelling, reports, moving to another engine, and a start after a fork."""
 
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from spotserve.core.errors import ContextTooLong, InvalidRequest
+from spotserve.core.errors import ContextTooLong, InvalidRequest, PeerLost
 from spotserve.core.request import FinishReason, Request
 from spotserve.engine.engine import Engine
+from spotserve.engine.ranks.memory import RankMemory
 
 
 def test_refusals(make_engine: Callable[..., Engine], make_request: Callable[..., Request]) -> None:
@@ -71,37 +72,87 @@ def test_reports_and_positions(make_engine: Callable[..., Engine], make_request:
     assert (report.request_id, report.context_tokens, report.computed_tokens, report.remaining_tokens) == ("a", 14, 13, 28)
 
 
-def test_exported_kv_has_the_promised_shape(make_engine: Callable[..., Engine], make_request: Callable[..., Request]) -> None:
-    engine = make_engine(dtype="bfloat16")
+def carry_over(memory: RankMemory, other: RankMemory, request_id: str, *, num_layers: int = 2, num_heads: int = 2) -> None:
+    """What the ranks of a new owner do before it adopts."""
+    layers = tuple(memory.read_kv(request_id, layer, range(num_heads)) for layer in range(num_layers))
+    other.keep_fetched(request_id, layers)
+
+
+def memory_of(engine: Engine) -> RankMemory:
+    return engine._ranks._rank._memory  # type: ignore[attr-defined]
+
+
+def test_frozen_kv_has_the_promised_shape_and_arrives_as_it_was(
+    make_engine: Callable[..., Engine], make_request: Callable[..., Request]
+) -> None:
+    engine, other = make_engine(dtype="bfloat16"), make_engine(dtype="bfloat16")
     engine.add(make_request("a", 12))
     engine.step()
     engine.step()
-    exported = engine.export_sequence("a")
-    assert exported is not None
-    assert (exported.computed_tokens, exported.dtype, len(exported.output_token_ids)) == (13, "bfloat16", 2)
-    assert [len(layer) for layer in exported.kv] == [2 * 13 * 2 * 8 * 2] * 2
-    assert engine.export_sequence("a") is None
-    assert not make_engine(dtype="float32").import_sequence(exported), "KV of another dtype is no use"
-    other = make_engine(dtype="bfloat16")
-    assert other.import_sequence(exported)
-    again = other.export_sequence("a")
-    assert again == exported
-    assert not other.import_sequence(replace(exported, kv=exported.kv[:1])), "a layer is missing"
-    assert other.kv_tokens_used == 0
+    engine.settle()
+    frozen = engine.freeze("a")
+    assert frozen is not None
+    assert (frozen.computed_tokens, len(frozen.output_token_ids)) == (13, 2)
+    kept = [memory_of(engine).read_kv("a", layer, range(2)) for layer in range(2)]
+    assert [(part.shape, part.dtype) for part in kept] == [((13, 2, 2, 8), torch.bfloat16)] * 2
+    assert engine.freeze("a") is None
+    carry_over(memory_of(engine), memory_of(other), "a")
+    assert other.adopt(frozen)
+    engine.release("a")
+    engine.check_integrity()
+    assert engine.kv_tokens_used == 0
+    again = other.freeze("a")
+    assert again == frozen
+    for layer, part in enumerate(kept):
+        assert torch.equal(memory_of(other).read_kv("a", layer, range(2)), part)
 
 
-def test_import_without_room_leaves_no_trace(make_engine: Callable[..., Engine], make_request: Callable[..., Request]) -> None:
+def test_a_frozen_sequence_can_be_cancelled(make_engine: Callable[..., Engine], make_request: Callable[..., Request]) -> None:
+    engine = make_engine()
+    engine.add(make_request("a", 12))
+    engine.step()
+    engine.settle()
+    assert engine.freeze("a") is not None
+    with pytest.raises(InvalidRequest, match="already"):
+        engine.add(make_request("a", 12))
+    engine.cancel("a")
+    engine.check_integrity()
+    assert engine.kv_tokens_used == 0
+    assert memory_of(engine)._kv == {}
+    engine.add(make_request("a", 12))
+
+
+def test_adopting_without_room_leaves_no_trace(make_engine: Callable[..., Engine], make_request: Callable[..., Request]) -> None:
     source, full = make_engine(), make_engine(max_batch=1)
     source.add(make_request("a", 12))
     source.step()
+    source.settle()
     full.add(make_request("b", 12))
     full.step()
-    exported = source.export_sequence("a")
-    assert exported is not None
+    frozen = source.freeze("a")
+    assert frozen is not None
     used = full.kv_tokens_used
-    assert not full.import_sequence(exported)
+    assert not full.adopt(frozen)
     full.check_integrity()
     assert (full.num_running, full.num_waiting, full.kv_tokens_used) == (1, 0, used)
+
+
+@pytest.mark.parametrize("fetched_layers", [0, 1])
+def test_kv_that_was_not_fetched_in_full_is_never_computed_on(
+    fetched_layers: int, make_engine: Callable[..., Engine], make_request: Callable[..., Request]
+) -> None:
+    source, other = make_engine(), make_engine()
+    source.add(make_request("a", 12))
+    source.step()
+    source.settle()
+    frozen = source.freeze("a")
+    assert frozen is not None
+    if fetched_layers:
+        carry_over(memory_of(source), memory_of(other), "a", num_layers=fetched_layers)
+    with pytest.raises(PeerLost, match="fetched"):
+        other.adopt(frozen)
+    other.check_integrity()
+    assert other.kv_tokens_used == 0
 
 
 FORKED = """
@@ -110,12 +161,12 @@ from spotserve.engine.preload import preload
 preload()
 from spotserve.config import EngineSettings
 from spotserve.core.request import Request, SamplingParams
-from spotserve.engine.engine import Engine
+from spotserve.engine.bring_up import lone_engine
 assert len(os.listdir("/proc/self/task")) <= int(sys.argv[2]), "importing the engine started threads"
 for _ in range(2):
     child = os.fork()
     if not child:
-        engine = Engine(EngineSettings(model=sys.argv[1], threads=2, kv_tokens=512))
+        engine = lone_engine(EngineSettings(model=sys.argv[1], threads=2, kv_tokens=512))
         engine.add(Request(request_id="a", prompt_token_ids=(5, 6), sampling=SamplingParams(max_tokens=3, ignore_eos=True)))
         made = 0
         while engine.has_work:

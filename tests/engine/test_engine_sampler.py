@@ -7,15 +7,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from spotserve.core.request import SamplingParams
+from spotserve.engine import kernels
 from spotserve.engine.noise import KeyedGumbel, row_key
-from spotserve.engine.sampler import Sampler, SamplingRow
+from spotserve.engine.sampler import Sampler, SamplingRow, _keep_likely, greedy
 
 CPU = torch.device("cpu")
 
 
 def row(position: int = 0, **sampling: object) -> SamplingRow:
     given_sampling = SamplingParams(**{"max_tokens": 99, **sampling})  # type: ignore[arg-type]
-    return SamplingRow(given_sampling, prompt_token_ids=(1, 2), output_token_ids=[3] * position, banned_token_ids=())
+    return SamplingRow(given_sampling, position, prompt_token_ids=(1, 2), output_token_ids=[3] * position, banned_token_ids=())
 
 
 def test_known_bits() -> None:
@@ -109,3 +110,31 @@ def test_logprobs_are_raw() -> None:
     assert got.logprob is not None
     assert got.logprob.logprob == pytest.approx(expected[3].item())
     assert [token_id for token_id, _ in got.logprob.top] == [1, 2]
+
+
+@given(
+    logits=st.lists(st.sampled_from([-torch.inf, -60.0, -20.0, -9.5, -3.0, -1.5, 0.0, 0.25, 1.0]), min_size=1, max_size=40),
+    top_k=st.integers(0, 45),
+    top_p=st.sampled_from([1e-9, 0.3, 0.81, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 1e-12, 0.07, 0.6, 1.0]),
+)
+def test_cutting_near_the_top_is_cutting_the_whole_row(logits: list[float], top_k: int, top_p: float, min_p: float) -> None:
+    """Many equal scores, so that the order of equals matters; no sum of weights falls on a limit."""
+    scores = torch.tensor([[*logits, 0.125]], dtype=torch.float64)
+    asked = (torch.tensor([top_k]), *(torch.tensor([limit], dtype=torch.float64) for limit in (top_p, min_p)))
+    expected = _keep_likely(scores, *(limit[:, None] for limit in asked))
+    weights = (scores - scores.amax()).exp()
+    kernels.keep_likely(*(tensor.numpy() for tensor in (scores, weights, *asked)))
+    assert torch.equal(scores, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_greedy_takes_the_lowest_of_equals(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randint(-40, 8, (9, 5000), generator=generator).to(dtype)  # the greatest many times over
+    logits[0], logits[1, 4999], logits[2, 1024] = -torch.inf, 9, 9
+    logits[3] = -1
+    logits[3, 1023], logits[3, 3000] = -0.0, 0.0
+    expected = [int((of_row == of_row.max()).nonzero()[0]) for of_row in logits.double()]
+    assert greedy(logits) == expected
+    assert greedy(logits[:, :4321]) == [int((of_row == of_row.max()).nonzero()[0]) for of_row in logits[:, :4321].double()]

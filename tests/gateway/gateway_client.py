@@ -1,10 +1,15 @@
 """How tests reach the application: httpx over ASGI, and reading of event streams."""
 
 import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import uvicorn
 from fastapi import FastAPI
 from scripted_source import ScriptedSource
 
@@ -17,6 +22,21 @@ MODEL = "scripted"
 
 def build_app(source: ScriptedSource, tokenizer: Tokenizer, **settings: Any) -> FastAPI:
     return create_app(source, GatewaySettings(**settings), tokenizer, MODEL)
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The base URL of a server of its own thread and port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
 
 
 def client_of(app: FastAPI, **options: Any) -> httpx.AsyncClient:

@@ -12,7 +12,7 @@ from spotserve.config import GatewaySettings
 from spotserve.core.cluster import ReplicaState
 from spotserve.core.errors import StoreError
 from spotserve.core.messages import Address, Attach, Deltas, Route, RoutingTable, SequenceResumed, WorkerInbound
-from spotserve.core.model import ModelSpec
+from spotserve.core.model import ModelSpec, Portion
 from spotserve.core.request import FinishReason, Request, SamplingParams, TokenDelta
 from spotserve.gateway.calls import Call
 from spotserve.gateway.relay import Relay
@@ -31,9 +31,9 @@ MODEL = ModelSpec(
     head_size=1,
     vocabulary_size=1000,
     context_tokens=1000,
-    layer_bytes=1,
-    embedding_bytes=1,
-    head_bytes=1,
+    layer=(Portion(1, 1),),
+    embedding=(Portion(1, 1),),
+    head=(Portion(1, 1),),
     value_bytes=4,
 )
 

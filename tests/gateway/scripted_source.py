@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from spotserve.core.errors import Overloaded
-from spotserve.core.model import ModelSpec
+from spotserve.core.model import ModelSpec, Portion
 from spotserve.core.request import FinishReason, Request, TokenDelta, TokenLogprob
 from spotserve.gateway.calls import Call
 
@@ -19,9 +19,9 @@ def model_spec(vocabulary_size: int, context_tokens: int = 256) -> ModelSpec:
         head_size=1,
         vocabulary_size=vocabulary_size,
         context_tokens=context_tokens,
-        layer_bytes=1,
-        embedding_bytes=1,
-        head_bytes=1,
+        layer=(Portion(1, 1),),
+        embedding=(Portion(1, 1),),
+        head=(Portion(1, 1),),
         value_bytes=1,
     )
 

@@ -384,3 +384,8 @@ def test_no_json_value_of_any_field_makes_a_5xx(app, loop, path, kind):
             assert error_of(response).type == "invalid_request_error"
 
     check()
+
+
+def test_a_model_in_a_store_needs_its_tokenizer_named() -> None:
+    with pytest.raises(ModelError, match=r"engine\.tokenizer"):
+        load_tokenizer("s3://bucket/model")

@@ -5,7 +5,6 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -13,28 +12,12 @@ from contextlib import closing, contextmanager
 import httpx
 import openai
 import pytest
-import uvicorn
-from gateway_client import MODEL, build_app, read_events, text_of
+from gateway_client import MODEL, build_app, read_events, serving, text_of
 
 from spotserve.core.request import FinishReason
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 TEXT = "hello 🙂 world"
-
-
-@contextmanager
-def serving(app) -> Iterator[str]:
-    """The base URL of a server of its own thread and port."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
 
 
 @contextmanager

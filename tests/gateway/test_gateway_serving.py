@@ -243,6 +243,7 @@ def test_defaults_and_parameters_reach_the_request(source_of, says, tokenizer):
         "min_tokens": 2,
         "stop_token_ids": [9],
         "ignore_eos": True,
+        "priority": -3,
         "seed": -1,
         "max_completion_tokens": 9,
         "max_tokens": 5,
@@ -254,8 +255,10 @@ def test_defaults_and_parameters_reach_the_request(source_of, says, tokenizer):
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (1, -1, 1.5)
     assert sampling.logit_bias == {7: -100} and sampling.min_tokens == 2 and sampling.stop_token_ids == (9,)
     assert sampling.ignore_eos and sampling.seed == 2**64 - 1 and sampling.max_tokens == 9
+    assert source.calls[first["id"]].requests[0].priority == -3
     plain = ask(app, "/v1/chat/completions", **CHAT).json()
     request = source.calls[plain["id"]].requests[0]
+    assert request.priority == 0
     assert request.sampling.max_tokens == 256 - len(request.prompt_token_ids)
     completion = ask(app, "/v1/completions", **COMPLETION).json()
     assert source.calls[completion["id"]].requests[0].sampling.max_tokens == 16

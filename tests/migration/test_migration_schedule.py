@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spotserve.core.messages import Address, SequenceAction, SequenceOrder, SequenceReport
-from spotserve.core.model import ModelSpec
-from spotserve.migration.schedule import Destination, InstanceSpeed, decide, fallback, margin_s
+from spotserve.core.model import ModelSpec, Portion
+from spotserve.migration.schedule import Destination, InstanceSpeed, decide, fallback, margin_s, spread
 
 MODEL = ModelSpec(
     name="m",
@@ -17,9 +17,9 @@ MODEL = ModelSpec(
     head_size=5,
     vocabulary_size=1,
     context_tokens=1000,
-    layer_bytes=1,
-    embedding_bytes=1,
-    head_bytes=1,
+    layer=(Portion(1, 1),),
+    embedding=(Portion(1, 1),),
+    head=(Portion(1, 1),),
     value_bytes=4,
 )
 """1000 bytes of KV per token."""
@@ -203,3 +203,45 @@ def test_orders_do_not_depend_on_the_order_of_reports(sequences, source, to, lef
     made = orders(*sequences, left_s=left_s, source=source, to=to)
     random.shuffle(sequences)
     assert orders(*sequences, left_s=left_s, source=source, to=tuple(reversed(to))) == made
+
+
+def test_sequences_of_a_replaced_replica_are_spread_evenly_by_context() -> None:
+    made = spread(
+        [sequence(f"s-{index}", context=context) for index, context in enumerate([70, 300, 20, 250])],
+        [destination("r-2"), destination("r-3")],
+    )
+    assert [each.request_id for each in made] == ["s-1", "s-3", "s-0", "s-2"], "the longest first"
+    assert {each.action for each in made} == {MOVE}
+    by_place = Counter[str]()
+    for order in made:
+        by_place[order.destination_replica_id] += {"s-0": 70, "s-1": 300, "s-2": 20, "s-3": 250}[order.request_id]
+    assert by_place == {"r-2": 320, "r-3": 320}
+
+
+def test_a_destination_that_has_much_gets_less() -> None:
+    busy = Destination("r-2", "i-r-2", Address("r-2", 1), 8, SPEED, context_tokens=500)
+    made = spread([sequence("a", context=200), sequence("b", context=200)], [busy, destination("r-3")])
+    assert {each.destination_replica_id for each in made} == {"r-3"}
+
+
+def test_a_replaced_replicas_fallback_moves() -> None:
+    assert fallback([destination("r-2")], MOVE).action is MOVE
+    assert fallback([], MOVE).action is RESUME
+
+
+@given(reports, places)
+def test_spread_keeps_to_the_room_and_leaves_nobody_out(sequences, to) -> None:
+    made = spread(sequences, to)
+    assert Counter(each.request_id for each in made) == Counter(each.request_id for each in sequences)
+    by_id = {each.request_id: each for each in sequences}
+    moved = Counter(each.destination_replica_id for each in made if each.action is MOVE)
+    assert all(moved[each.replica_id] <= max(0, each.free_sequences) for each in to)
+    for order in made:
+        assert order.action in (MOVE, RESUME)
+        assert (order.destination_replica_id is None) == (not to)
+        assert order.action is RESUME or by_id[order.request_id].computed_tokens > 0
+    room = sum(max(0, each.free_sequences) for each in to)
+    given_places = Counter(each.destination_replica_id for each in made[:room])
+    assert all(given_places[each.replica_id] <= max(0, each.free_sequences) for each in to), "room is used up before any is full"
+    again = spread(list(reversed(sequences)), list(reversed(to)))
+    assert again == made

@@ -4,27 +4,47 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spotserve.config import ControllerSettings
-from spotserve.core.cluster import DeviceId
+from spotserve.core.cut import misfit
+from spotserve.core.model import ModelSpec, Portion
 from spotserve.core.plan import Parallel, Plan
-from spotserve.planner.planner import number_after, plan
+from spotserve.planner.planner import Shape, fitting_shape, number_after, plan, refusal
 
-
-def devices(count: int) -> list[DeviceId]:
-    return [DeviceId(f"i-{index}", 0) for index in range(count)]
+MODEL = ModelSpec(
+    name="m",
+    num_layers=4,
+    num_kv_heads=4,
+    head_size=8,
+    vocabulary_size=100,
+    context_tokens=512,
+    layer=(Portion(4, 800),),
+    embedding=(Portion(1, 400),),
+    head=(Portion(1, 400),),
+    value_bytes=4,
+)
 
 
 def ids(planned: Plan) -> list[str]:
     return [replica.replica_id for replica in planned.replicas]
 
 
-def replan(count: int, current: Plan | None, surviving=(), number: int = 1, max_batch: int = 8, **settings: int) -> Plan:
+def replan(
+    count: int,
+    current: Plan | None,
+    surviving=(),
+    number: int = 1,
+    max_batch: int = 8,
+    data: int | None = None,
+    pipeline: int = 1,
+    tensor: int = 1,
+    model: ModelSpec | None = None,
+) -> Plan:
     return plan(
-        devices(count),
+        count,
         current,
-        settings=ControllerSettings.model_validate(settings),
+        wanted=Shape(data, pipeline, tensor),
+        model=model,
         max_batch=max_batch,
-        surviving=surviving,
+        surviving=[] if current is None else [replica for replica in current.replicas if replica.replica_id in surviving],
         next_replica_number=number,
     )
 
@@ -38,7 +58,7 @@ def replan(count: int, current: Plan | None, surviving=(), number: int = 1, max_
         (3, {"data": 5}, 3),
         (7, {"pipeline": 2}, 3),
         (7, {"pipeline": 2, "tensor": 2}, 1),
-        (3, {"pipeline": 2, "tensor": 2}, 0),
+        (0, {"pipeline": 2, "tensor": 2}, 0),
         (16, {"pipeline": 2, "tensor": 2, "data": 3}, 3),
     ],
 )
@@ -88,18 +108,20 @@ def test_another_shape_replaces_every_replica() -> None:
     wanted=st.one_of(st.none(), st.integers(1, 5)),
 )
 def test_names_are_never_used_again(fleets: list[tuple[int, set[int]]], tensor: int, wanted: int | None) -> None:
-    settings = ControllerSettings(tensor=tensor, data=wanted)
     current: Plan | None = None
     number, gone = 1, set[str]()
     for count, lost in fleets:
         before = [] if current is None else ids(current)
         surviving = {each for index, each in enumerate(before) if index not in lost}
-        planned = plan(devices(count), current, settings=settings, max_batch=4, surviving=surviving, next_replica_number=number)
-        number = number_after(planned, number)
+        planned = replan(count, current, surviving, number, 4, wanted, tensor=tensor)
+        number = number_after(ids(planned), number)
         after = ids(planned)
-        assert len(set(after)) == len(after) == min(count // tensor, wanted or count)
+        shards = fitting_shape(Shape(wanted, 1, tensor), count, None)[1]
+        assert len(set(after)) == len(after) == min(count // shards, wanted or count)
         assert not gone & set(after)
-        assert [each for each in after if each in before] == [each for each in before if each in surviving][: len(after)]
+        same = current is not None and all(each.parallel.tensor == shards for each in current.replicas)
+        kept = [each for each in before if each in surviving] if same else []
+        assert [each for each in after if each in before] == kept[: len(after)]
         assert (planned is current) == (current is not None and before == after)
         if current is not None and planned is not current:
             assert planned.epoch == current.epoch + 1
@@ -108,4 +130,56 @@ def test_names_are_never_used_again(fleets: list[tuple[int, set[int]]], tensor: 
 
 
 def test_a_number_is_not_given_again_when_its_replica_is_gone_from_the_plan() -> None:
-    assert number_after(Plan(epoch=9, replicas=(), reason=""), 5) == 5
+    assert number_after([], 5) == 5
+    assert number_after(["r-7", "r-2"], 5) == 8
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "model", "expected"),
+    [
+        (4, (2, 2), MODEL, (2, 2)),
+        (3, (2, 2), MODEL, (1, 2)),  # the shards are kept, with fewer stages
+        (1, (2, 2), MODEL, (1, 1)),
+        (3, (1, 4), MODEL, (1, 2)),  # 4 units cannot be cut into 3
+        (3, (2, 4), MODEL, (1, 2)),
+        (3, (4, 1), MODEL, (3, 1)),
+        (9, (6, 1), MODEL, (4, 1)),  # 4 layers
+        (9, (1, 3), MODEL, (1, 2)),
+        (3, (1, 4), None, (1, 2)),  # nothing is known of the model: only a divisor of 4 is sure to fit when 4 does
+        (3, (3, 2), None, (1, 2)),
+        (0, (2, 2), MODEL, (2, 2)),
+    ],
+)
+def test_too_few_devices_and_misfits_make_do_with_less(
+    count: int, wanted: tuple[int, int], model: ModelSpec | None, expected: tuple[int, int]
+) -> None:
+    pipeline, tensor, why = fitting_shape(Shape(None, *wanted), count, model)
+    assert (pipeline, tensor) == expected
+    assert bool(why) == (expected != wanted)
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6))
+def test_what_is_made_do_with_can_run_and_is_no_larger(count: int, pipeline: int, tensor: int) -> None:
+    stages, shards, _ = fitting_shape(Shape(None, pipeline, tensor), count, MODEL)
+    assert stages * shards <= count and stages <= pipeline and shards <= tensor
+    assert misfit(MODEL, stages, shards) is None
+    larger = [(p, m) for m in range(shards, tensor + 1) for p in range(1, pipeline + 1) if m > shards or p > stages]
+    assert all(p * m > count or misfit(MODEL, p, m) is not None for p, m in larger), "shards first, then stages"
+
+
+def test_the_reason_names_what_is_missing() -> None:
+    planned = replan(1, None, pipeline=2)
+    assert planned.reason.endswith("add r-1; not (P=2, M=1): a replica takes 2 devices, there is 1")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count", "says"),
+    [
+        (Shape(2, 2, 1), 4, None),
+        (Shape(2, 2, 1), 3, "2,2,1 takes 4 devices, there are 3"),
+        (Shape(None, 2, 1), 1, "auto,2,1 takes 2 devices at least, there is 1"),
+        (Shape(1, 5, 1), 9, "m has 4 layers: it cannot be cut into 5 stages"),
+    ],
+)
+def test_what_is_refused(wanted: Shape, count: int, says: str | None) -> None:
+    assert refusal(wanted, count, MODEL) == says

@@ -10,17 +10,15 @@ from spotserve.core.messages import (
     Drain,
     HandOver,
     HandOverAnswered,
-    KvPart,
     SequenceAction,
     SequenceMoved,
     SequenceOrder,
     WorkerInbound,
 )
+from spotserve.core.plan import Parallel
 from spotserve.core.request import Request, SamplingParams, TokenDelta
-from spotserve.engine.engine import ExportedSequence
 from spotserve.wire import Channel, bound_port, listen
 from spotserve.worker.drain import carry_out
-from spotserve.worker.transfer import Parcel
 
 REQUEST = Request(request_id="a", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=100))
 
@@ -39,18 +37,35 @@ class EndlessWorker:
         self.running = [REQUEST]
         self.shipped: list[str] = []
         self.released: list[str] = []
+        self.unfrozen: list[str] = []
 
-    def running_requests(self) -> tuple[Request, ...]:
+    def led(self, replica_id: str) -> None:
+        """The peer leads where it goes."""
+
+    def running_requests(self, replica_id: str) -> tuple[Request, ...]:
+        assert replica_id == "r-1"
         return tuple(self.running)
 
-    async def pack(self, request_id: str) -> Parcel:
-        exported = ExportedSequence(request=REQUEST, output_token_ids=(3,), computed_tokens=2, kv=(b"kv",), dtype="float32")
-        progress = TokenDelta(request_id=request_id, epoch=1, position=0, token_ids=(3,))
-        return Parcel(gateway_id="g", epoch=1, progress=progress, exported=exported)
+    async def pack(self, request_id: str) -> HandOver:
+        return HandOver(
+            gateway_id="g",
+            request=REQUEST,
+            epoch=1,
+            progress=TokenDelta(request_id=request_id, epoch=1, position=0, token_ids=(3,)),
+            emitted_token_ids=(3,),
+            computed_tokens=2,
+            replica_id="r-1",
+            parallel=Parallel(),
+            holders=(),
+            dtype="float32",
+        )
 
-    def ship(self, parcel: Parcel, destination_replica_id: str) -> None:
+    def ship(self, hand_over: HandOver, destination_replica_id: str) -> None:
         self.running.clear()
         self.shipped.append(destination_replica_id)
+
+    def unfreeze(self, hand_over: HandOver) -> None:
+        self.unfrozen.append(hand_over.request.request_id)
 
     def release(self, request_id: str, reason: str, destination_replica_id: str | None) -> None:
         self.running.clear()
@@ -61,10 +76,8 @@ async def take_everything(channel: Channel[WorkerInbound]) -> None:
     """A peer that has room."""
     while True:
         message = await channel.receive()
-        if isinstance(message, KvPart):
-            channel.send(HandOverAnswered(request_id=message.request_id, accepted=True))
-        else:
-            assert isinstance(message, HandOver)
+        assert isinstance(message, HandOver)
+        channel.send(HandOverAnswered(request_id=message.request.request_id, accepted=True, kv_bytes=2))
 
 
 async def drain_late(*, peer_listens: bool, named: bool = True) -> tuple[EndlessWorker, list[SequenceMoved]]:

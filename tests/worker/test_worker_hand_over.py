@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from worker_scene import FIRST, SECRET, Ear, Refused, Stage, stage, submit, undisturbed, until
 
 from spotserve.core.epoch import after_dispatch, after_hand_over
-from spotserve.core.errors import ChannelClosed, WireError
+from spotserve.core.errors import ChannelClosed
 from spotserve.core.messages import (
     Address,
     Cancel,
@@ -17,7 +18,6 @@ from spotserve.core.messages import (
     Drain,
     HandOver,
     HandOverAnswered,
-    KvPart,
     Moved,
     Released,
     SequenceAction,
@@ -26,10 +26,10 @@ from spotserve.core.messages import (
     Submit,
 )
 from spotserve.core.request import TokenDelta
+from spotserve.engine.ranks import memory as memory_module
 from spotserve.wire import bound_port, connect, listen
 from spotserve.worker import drain as drain_module
 from spotserve.worker.drain import carry_out
-from spotserve.worker.transfer import Arrivals
 
 pytestmark = pytest.mark.anyio
 
@@ -45,7 +45,7 @@ def order(action: SequenceAction, destination: Address | None = None, request_id
 def drain(*orders: SequenceOrder, deadline_s: float = 1060.0) -> Drain:
     return Drain(
         instance_id="a",
-        replica_id="r",
+        replica_id="r-a",
         deadline_s=deadline_s,
         orders=orders,
         fallback=order(SequenceAction.RESUME, request_id=""),
@@ -53,9 +53,10 @@ def drain(*orders: SequenceOrder, deadline_s: float = 1060.0) -> Drain:
 
 
 async def drained(a: Stage, told: Drain) -> list[SequenceMoved]:
-    """Carries a drain out; what it reported."""
-    a.worker.is_draining = True
+    """Carries a drain of its replica out; what it reported."""
+    a.replica.is_draining = True
     moved: list[SequenceMoved] = []
+    told = msgspec.structs.replace(told, replica_id=a.replica_id)
     await carry_out(a.worker, told, secret=SECRET, clock=a.clock, on_moved=moved.append)
     return moved
 
@@ -91,7 +92,7 @@ async def test_a_sequence_can_move_there_and_back(model_folder: Path, tmp_path: 
         a.worker.submit("g", submit(max_tokens=60, **EVERYTHING))
         await a.tokens_so_far(6)
         await (await on_their_way(a, drain(order(SequenceAction.MOVE, b.address))))
-        a.worker.is_draining = False
+        a.replica.is_draining = False
         await b.tokens_so_far(12)
         await (await on_their_way(b, drain(order(SequenceAction.MOVE, a.address))))
         again = Ear()
@@ -115,7 +116,7 @@ async def test_what_has_no_room_there_is_computed_again_from_its_tokens(model_fo
 
 async def test_a_refusal_gives_the_sequence_back_to_its_gateway(model_folder: Path, tmp_path: Path) -> None:
     async with stage(model_folder, tmp_path, "a", "b") as [a, b]:
-        b.worker.is_draining = True
+        b.replica.is_draining = True
         a.worker.submit("g", submit(max_tokens=400))
         await a.tokens_so_far(3)
         assert await (await on_their_way(a, drain(order(SequenceAction.MOVE, b.address)))) == []
@@ -139,7 +140,7 @@ async def test_a_newer_owner_over_there_is_not_replaced(model_folder: Path, tmp_
 async def test_a_peer_of_another_model_refuses_and_keeps_nothing(model_folder: Path, tmp_path: Path) -> None:
     async with stage(model_folder, tmp_path, "b") as [b]:
         channel = await connect(b.address.host, b.address.port, secret=SECRET, inbound=HandOverAnswered)
-        channel.send(hand_over(emitted=(5, 4000), num_parts=0))
+        channel.send(hand_over(b, emitted=(5, 4000)))
         answer = await channel.receive()
         assert not answer.accepted
         assert "4000" in answer.reason
@@ -147,8 +148,9 @@ async def test_a_peer_of_another_model_refuses_and_keeps_nothing(model_folder: P
         await b.check_idle()
 
 
-def hand_over(*, emitted: tuple[int, ...], num_parts: int, computed_tokens: int = 0) -> HandOver:
-    message = submit()
+def hand_over(source: Stage, *, emitted: tuple[int, ...], computed_tokens: int = 0) -> HandOver:
+    """One whose KV is said to be on the device of `source`."""
+    message, home = submit(), source.replica.home
     return HandOver(
         gateway_id="g",
         request=message.request,
@@ -156,7 +158,10 @@ def hand_over(*, emitted: tuple[int, ...], num_parts: int, computed_tokens: int 
         progress=TokenDelta(request_id="s", epoch=FIRST, position=0, token_ids=emitted),
         emitted_token_ids=emitted,
         computed_tokens=computed_tokens,
-        num_parts=num_parts,
+        replica_id=source.replica_id,
+        parallel=home.parallel,
+        holders=home.holders,
+        dtype=home.dtype,
     )
 
 
@@ -171,11 +176,10 @@ async def test_a_peer_that_is_not_there_gives_the_sequence_back(model_folder: Pa
 
 async def test_a_peer_that_dies_in_the_middle_gives_the_sequence_back(model_folder: Path, tmp_path: Path) -> None:
     async def die(channel: Any) -> None:
-        await channel.receive()
-        assert isinstance(await channel.receive(), KvPart)
+        assert isinstance(await channel.receive(), HandOver)
 
     async with stage(model_folder, tmp_path, "a") as [a]:
-        server = await listen("127.0.0.1", 0, secret=SECRET, inbound=HandOver | KvPart, on_channel=die, on_refused=print)
+        server = await listen("127.0.0.1", 0, secret=SECRET, inbound=HandOver, on_channel=die, on_refused=print)
         a.worker.submit("g", submit(max_tokens=400))
         await a.tokens_so_far(3)
         there = Address("127.0.0.1", bound_port(server))
@@ -195,7 +199,7 @@ async def test_a_peer_that_does_not_answer_gives_the_sequence_back(
         await silent.wait()
 
     async with stage(model_folder, tmp_path, "a") as [a]:
-        server = await listen("127.0.0.1", 0, secret=SECRET, inbound=HandOver | KvPart, on_channel=listen_only, on_refused=print)
+        server = await listen("127.0.0.1", 0, secret=SECRET, inbound=HandOver, on_channel=listen_only, on_refused=print)
         a.worker.submit("g", submit(max_tokens=400))
         await a.tokens_so_far(3)
         there = Address("127.0.0.1", bound_port(server))
@@ -205,25 +209,35 @@ async def test_a_peer_that_does_not_answer_gives_the_sequence_back(
         server.close()
 
 
-async def test_a_hand_over_that_breaks_off_leaves_nothing_behind(model_folder: Path, tmp_path: Path) -> None:
-    async with stage(model_folder, tmp_path, "b") as [b]:
-        channel = await connect(b.address.host, b.address.port, secret=SECRET, inbound=HandOverAnswered)
-        channel.send(hand_over(emitted=(5,), num_parts=2, computed_tokens=3))
-        channel.send(KvPart(request_id="s", layer=0, dtype="float64", data=b"1"))
-        channel.close()
+async def test_what_the_old_owner_does_not_hold_is_computed_again(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_module, "HOLD_TIMEOUT_S", 0.05)
+    expected = await undisturbed(model_folder, tmp_path)
+    async with stage(model_folder, tmp_path, "a", "b") as [a, b]:
+        answer = await b.worker.adopt(hand_over(a, emitted=tuple(expected.token_ids[:5]), computed_tokens=7))
+        assert (answer.accepted, answer.kv_bytes) == (True, 0)
+        assert (await b.gateway.whole()).token_ids == expected.token_ids
         await b.check_idle()
-        b.worker.submit("g", submit())
-        await b.gateway.whole()
 
 
-async def test_a_part_out_of_order_cuts_the_connection(model_folder: Path, tmp_path: Path) -> None:
-    async with stage(model_folder, tmp_path, "b") as [b]:
-        channel = await connect(b.address.host, b.address.port, secret=SECRET, inbound=HandOverAnswered)
-        channel.send(hand_over(emitted=(5,), num_parts=2, computed_tokens=3))
-        channel.send(KvPart(request_id="s", layer=1, dtype="float64", data=b"1"))
-        with pytest.raises(ChannelClosed):
-            await channel.receive()
-        assert "out of order" in b.gateway.of(Refused)[0].reason  # type: ignore[attr-defined]
+async def test_kv_of_another_length_than_promised_is_not_used(model_folder: Path, tmp_path: Path) -> None:
+    """An old owner of the same name holds fewer tokens: nothing of it may enter the cache."""
+    expected = await undisturbed(model_folder, tmp_path)
+    async with stage(model_folder, tmp_path, "a", "b") as [a, b]:
+        a.worker.submit("g", submit())
+        await a.tokens_so_far(6)
+        a.let_go()
+        packed = await a.worker.pack("s")
+        assert packed is not None
+        wrong = msgspec.structs.replace(
+            packed, emitted_token_ids=tuple(expected.token_ids[:20]), computed_tokens=packed.computed_tokens + 2
+        )
+        answer = await b.worker.adopt(wrong)
+        assert (answer.accepted, answer.kv_bytes) == (True, 0)
+        assert (await b.gateway.whole()).token_ids == expected.token_ids
+        a.worker.ship(packed, "to-b")
+        await a.check_idle()
         await b.check_idle()
 
 
@@ -236,25 +250,55 @@ async def test_a_command_before_attach_cuts_the_connection(model_folder: Path, t
         assert b.gateway.of(Refused) == [Refused("Claim before Attach")]
 
 
-def test_a_part_without_its_hand_over_is_refused() -> None:
-    with pytest.raises(WireError, match="without its hand-over"):
-        Arrivals().add(KvPart(request_id="s", layer=0, dtype="float64", data=b""))
-
-
 # ---------------------------------------------------------------------- races
 
 
-async def test_a_parcel_that_is_withdrawn_on_arrival_is_not_started(model_folder: Path, tmp_path: Path) -> None:
-    async with stage(model_folder, tmp_path, "b") as [b]:
+@pytest.mark.parametrize("pause_s", [0.0, 0.02])
+async def test_what_is_withdrawn_on_arrival_is_not_started(model_folder: Path, tmp_path: Path, pause_s: float) -> None:
+    """While its KV is fetched, or when it is there and waits for the engine: nothing of it stays."""
+    async with stage(model_folder, tmp_path, "a", "b") as [a, b]:
+        a.worker.submit("g", submit(max_tokens=400))
+        await a.tokens_so_far(3)
+        a.let_go()
+        packed = await a.worker.pack("s")
+        assert packed is not None
         b.hold()
-        parcel = Arrivals().open(hand_over(emitted=(5,), num_parts=0))
-        assert parcel is not None
-        adopting = asyncio.create_task(b.worker.adopt(parcel))
-        await asyncio.sleep(0)
+        adopting = asyncio.create_task(b.worker.adopt(packed))
+        await asyncio.sleep(pause_s)
         b.worker.cancel(Cancel(request_id="s", epoch=after_hand_over(FIRST)))
         b.let_go()
         assert not (await adopting).accepted
         await b.check_idle()
+        a.worker.cancel(Cancel(request_id="s", epoch=FIRST))
+        await a.check_idle()
+
+
+async def test_a_full_engine_does_not_keep_what_it_fetched(model_folder: Path, tmp_path: Path) -> None:
+    expected = await undisturbed(model_folder, tmp_path)
+    async with stage(model_folder, tmp_path, "a") as [a], stage(model_folder, tmp_path, "b") as [b]:
+        full = b.replica.thread
+        await full.call(lambda engine: setattr(engine._scheduler, "_max_running", 0))
+        a.worker.submit("g", submit())
+        await a.tokens_so_far(6)
+        (moved,) = await (await on_their_way(a, drain(order(SequenceAction.MOVE, b.address))))
+        assert moved.kv_bytes > 0
+        await full.call(lambda engine: setattr(engine._scheduler, "_max_running", 1))
+        answer = await b.gateway.whole()
+        assert answer.token_ids == expected.token_ids
+        assert answer.recomputed_tokens > 0
+        await b.check_idle()
+
+
+async def test_a_request_that_is_cancelled_while_it_is_packed_is_not_handed_over(model_folder: Path, tmp_path: Path) -> None:
+    async with stage(model_folder, tmp_path, "a", "b") as [a, _]:
+        a.worker.submit("g", submit(max_tokens=400))
+        await a.tokens_so_far(3)
+        packing = asyncio.create_task(a.worker.pack("s"))
+        await asyncio.sleep(0)
+        a.worker.cancel(Cancel(request_id="s", epoch=FIRST))
+        a.let_go()
+        assert await packing is None
+        await a.check_idle()
 
 
 @pytest.mark.parametrize(
@@ -267,7 +311,7 @@ async def test_a_parcel_that_is_withdrawn_on_arrival_is_not_started(model_folder
 async def test_what_is_asked_for_anew_while_it_moves_is_given_back_to_who_asked(
     model_folder: Path, tmp_path: Path, meanwhile: Callable[[Stage, object], None]
 ) -> None:
-    """The peer speaks to the gateway that waited when the parcel was packed; the newer one would wait for ever."""
+    """The peer speaks to the gateway that waited when the sequence was packed; the newer one would wait for ever."""
     async with stage(model_folder, tmp_path, "a", "b") as [a, b]:
         a.worker.submit("g", submit(max_tokens=400))
         await a.tokens_so_far(3)
@@ -296,7 +340,7 @@ async def test_a_drain_that_is_called_off_strands_nothing(model_folder: Path, tm
             await asyncio.sleep(0.001 if yields >= 4 else 0)
         moving.cancel()
         await asyncio.gather(moving, return_exceptions=True)
-        a.worker.is_draining = False
+        a.replica.is_draining = False
         b.let_go()
         if a.gateway.of(Moved):
             await b.gateway.whole()

@@ -105,7 +105,7 @@ async def test_a_gateway_that_attaches_again_gets_everything(model_folder: Path,
         await a.tokens_so_far(4)
         a.worker.detach("g", a.gateway)  # type: ignore[arg-type]
         a.let_go()
-        await until(lambda: a.worker.running_requests() == ())
+        await until(lambda: a.worker.running_requests(a.replica_id) == ())
         assert not a.gateway.has_end()
         again = Ear()
         a.worker.attach("g", again)  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ async def test_finished_progress_is_kept_for_a_while(model_folder: Path, tmp_pat
 
 async def test_a_draining_worker_takes_nothing_new_and_says_where_to_go(model_folder: Path, tmp_path: Path) -> None:
     async with stage(model_folder, tmp_path, "a") as [a]:
-        a.worker.is_draining, a.worker.suggested_replica_id = True, "b"
+        a.replica.is_draining, a.replica.suggested_replica_id = True, "b"
         a.worker.submit("g", submit())
         (released,) = a.gateway.heard
         assert isinstance(released, Released)
@@ -198,7 +198,7 @@ async def test_a_fenced_sequence_is_dropped_unless_it_was_dispatched_anew(model_
         a.worker.submit("g", submit(SECOND, max_tokens=400))
         await a.tokens_so_far(1)
         a.worker._fence("s", FIRST)
-        assert len(a.worker.running_requests()) == 1
+        assert len(a.worker.running_requests(a.replica_id)) == 1
         a.worker._fence("s", SECOND)
         await a.check_idle()
 

@@ -5,21 +5,24 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
 from spotserve.checkpoint.store import Commit, CommitOutcome, Progress, Verdict
-from spotserve.config import EngineSettings, WorkerSettings
+from spotserve.config import WorkerSettings
 from spotserve.core.clock import ManualClock
+from spotserve.core.cluster import DeviceId
 from spotserve.core.epoch import first_epoch
 from spotserve.core.errors import StoreError
-from spotserve.core.messages import Address, Deltas, Submit, WorkerInbound
+from spotserve.core.messages import Activate, Address, Deactivate, Deltas, Heartbeat, Member, Submit, WorkerInbound
+from spotserve.core.plan import Parallel, ReplicaPlan, Slot
 from spotserve.core.request import Request, SamplingParams, TokenDelta, TokenLogprob
-from spotserve.engine.engine import Engine
-from spotserve.wire import bound_port, listen
+from spotserve.engine.ranks.memory import RankMemory
+from spotserve.wire import Channel, bound_port, listen
 from spotserve.worker.app import WorkerProcess
-from spotserve.worker.engine_thread import EngineThread
 from spotserve.worker.options import WorkerOptions
+from spotserve.worker.replicas import LedReplica
 from spotserve.worker.worker import Worker
 
 VOCABULARY_SIZE = 96
@@ -27,6 +30,7 @@ SECRET = "of the scene"
 PATIENCE_S = 20.0
 """A test that waits this long has failed."""
 FIRST = first_epoch()
+Heard = TypeVar("Heard", bound=msgspec.Struct)
 
 
 def request(request_id: str = "s", *, prompt: Sequence[int] = (5, 6, 7), max_tokens: int = 24, **sampling: object) -> Request:
@@ -97,6 +101,36 @@ class Ear:
         return self.answer(request_id)
 
 
+class Office:
+    """A controller that the test plays."""
+
+    def __init__(self) -> None:
+        self._heard: asyncio.Queue[msgspec.Struct] = asyncio.Queue()
+        self.channel: Channel[Any] | None = None
+
+    async def serve(self, channel: Channel[Any]) -> None:
+        self.channel = channel
+        while True:
+            self._heard.put_nowait(await channel.receive())
+
+    async def hears(self, kind: type[Heard]) -> Heard:
+        """The next message that is not a heartbeat, or the next heartbeat."""
+        async with asyncio.timeout(PATIENCE_S):
+            while isinstance(message := await self._heard.get(), Heartbeat) and kind is not Heartbeat:
+                pass
+        assert isinstance(message, kind), message
+        return message
+
+    @property
+    def unheard(self) -> list[msgspec.Struct]:
+        """What came and was not asked for."""
+        return [self._heard.get_nowait() for _ in range(self._heard.qsize())]
+
+    def say(self, command: msgspec.Struct) -> None:
+        assert self.channel is not None
+        self.channel.send(command)
+
+
 class ScriptedStore:
     """A store that answers as it is told to: OK unless `verdicts` has something else for the next commit of a request."""
 
@@ -130,74 +164,112 @@ class ScriptedStore:
 
 
 class Stage:
-    """One worker, its engine and its gateway `g`."""
+    """One worker, its gateway `g`, and replicas that it leads."""
 
-    def __init__(self, name: str, folder: Path, clock: ManualClock) -> None:
+    def __init__(self, name: str, folder: Path, clock: ManualClock, engine: dict[str, object]) -> None:
         self.clock = clock
+        self.replica_id = f"r-{name}"
+        """The one that runs from the beginning."""
         self.store = ScriptedStore()
-        self.failures: list[BaseException] = []
         self.worker = Worker(name, WorkerSettings(keep_finished_s=30), self.store, clock)
         self.gateway = Ear()
         self.worker.attach("g", self.gateway)  # type: ignore[arg-type]
         self.process = WorkerProcess(
-            WorkerOptions(instance_id=name, spot=True, zone="z", system_folder=str(folder), engine={}, worker={}, store={}),
+            WorkerOptions(instance_id=name, spot=True, zone="z", system_folder=str(folder), engine=engine, worker={}, store={}),
             self.worker,
             SECRET,
         )
         self.address = Address("127.0.0.1", 0)
         self._free = threading.Event()
         self._free.set()
-        self.thread: EngineThread | None = None
 
-    async def load(self, model_folder: Path, **settings: object) -> None:
-        given = {"model": str(model_folder), "dtype": "float64", "speculation": "off", "kv_tokens": 2048, **settings}
-        self.thread = EngineThread(
-            lambda: Engine(EngineSettings.model_validate(given)), on_step=self.worker.on_step, on_failure=self.failures.append
+    @property
+    def replica(self) -> LedReplica:
+        """The one that runs from the beginning."""
+        led = self.worker.led(self.replica_id)
+        assert led is not None
+        return led
+
+    @property
+    def memory(self) -> RankMemory:
+        """Of its device."""
+        return self.process._replicas._own.memory
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended its process."""
+        return self.process.stopped.exception() if self.process.stopped.done() else None
+
+    async def lead(self, replica_id: str) -> LedReplica:
+        """Brings one more replica up on its device."""
+        parallel = Parallel()
+        slot = Slot(replica_id, 0, 0)
+        (rank,) = self.process._replicas.ranks
+        await self.process._replicas.activate(
+            Activate(
+                instance_id=self.worker.instance_id,
+                device_index=0,
+                replica=ReplicaPlan(replica_id=replica_id, parallel=parallel),
+                slot=slot,
+                plan_epoch=1,
+                members=(Member(slot, DeviceId(self.worker.instance_id, 0), rank),),
+            )
         )
-        engine = await self.thread.start()
-        self.worker.use_engine(self.thread, engine.spec)
+        led = self.worker.led(replica_id)
+        assert led is not None
+        return led
+
+    def end(self, replica_id: str) -> None:
+        """Takes one of its replicas down."""
+        self.process._replicas.deactivate(
+            Deactivate(instance_id=self.worker.instance_id, device_index=0, slot=Slot(replica_id, 0, 0))
+        )
 
     def note_refused(self, reason: str) -> None:
         self.gateway.heard.append(Refused(reason))
 
     def hold(self) -> None:
-        """The engine does nothing more until `let_go`: it waits in a job."""
-        assert self.thread is not None
+        """No engine does anything more until `let_go`: each waits in a job."""
         self._free.clear()
-        self.thread.post(lambda _: _wait(self._free))
+        for replica in self.worker._replicas.values():
+            replica.thread.post(lambda _: _wait(self._free))
 
     def let_go(self) -> None:
         self._free.set()
 
     async def tokens_so_far(self, at_least: int, request_id: str = "s") -> None:
-        """Runs until the gateway has heard so many tokens; then the engine holds still."""
-        assert self.thread is not None
+        """Runs until the gateway has heard so many tokens; then the engines hold still."""
         await until(lambda: len(self.gateway.answer(request_id).token_ids) >= at_least)
         self.hold()
 
     async def close(self) -> None:
         self.let_go()
-        if self.thread is not None:
-            self.thread.stop()
-            await asyncio.to_thread(self.thread._thread.join)
+        for replica in tuple(self.worker._replicas.values()):
+            self.end(replica.replica_id)
+            await asyncio.to_thread(replica.thread._thread.join)
+        self.process._replicas._own.close()
 
     async def check(self) -> None:
-        """Blocks and sequences of the engine are accounted for, and it runs exactly what this worker owns."""
-        assert self.thread is not None
+        """Blocks and sequences of the engines are accounted for, and they run exactly what this worker owns."""
         self.let_go()
-        running = {owned.request_id for owned in self.worker.running_requests()}
-        reported = await self.thread.call(lambda engine: (engine.check_integrity(), engine.reports())[1])
-        assert {report.request_id for report in reported} <= running
-        assert not self.failures
+        for replica in tuple(self.worker._replicas.values()):
+            running = {owned.request_id for owned in self.worker.running_requests(replica.replica_id)}
+            reported = await replica.thread.call(lambda engine: (engine.check_integrity(), engine.reports())[1])
+            assert {report.request_id for report in reported} <= running
+        assert self.failure is None
 
     async def check_idle(self) -> None:
-        """Nothing is left, neither sequences nor blocks."""
-        assert self.thread is not None
+        """Nothing is left: neither sequences nor blocks, nor KV for anybody, nor from anybody."""
         self.let_go()
-        used = await self.thread.call(lambda engine: (engine.check_integrity(), engine.kv_tokens_used)[1])
-        assert used == 0
-        assert self.worker.running_requests() == ()
-        assert not self.failures
+        for replica in tuple(self.worker._replicas.values()):
+            used = await replica.thread.call(lambda engine: (engine.check_integrity(), engine.kv_tokens_used)[1])
+            assert used == 0
+            assert self.worker.running_requests(replica.replica_id) == ()
+            assert replica.fetcher is not None
+            await asyncio.wrap_future(replica.fetcher.forget("nothing"))  # after whatever was asked of it before
+        assert self.memory._kv == {}
+        assert self.memory._fetched == {}
+        assert self.failure is None
 
 
 def _wait(free: threading.Event) -> None:
@@ -209,12 +281,13 @@ async def stage(
     model_folder: Path, tmp_path: Path, *names: str, clock: ManualClock | None = None, **settings: object
 ) -> AsyncIterator[list[Stage]]:
     """Workers that listen for gateways and peers. In the end each engine's books must balance."""
+    given = {"model": str(model_folder), "dtype": "float64", "speculation": "off", "kv_tokens": 2048}
     async with AsyncExitStack() as at_end:
         stages = []
         for name in names:
-            made = Stage(name, tmp_path, clock or ManualClock(1000.0))
+            made = Stage(name, tmp_path, clock or ManualClock(1000.0), {**given, **settings})
             at_end.push_async_callback(made.close)
-            await made.load(model_folder, **settings)
+            await made.lead(made.replica_id)
             server = await listen(
                 "127.0.0.1",
                 0,

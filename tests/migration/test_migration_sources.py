@@ -1,0 +1,91 @@
+"""Where missing weights come from, against sets of single units: every byte that somebody has is taken once, and no other."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+from migration_scene import MODEL, fitting_shapes, has, size_of
+
+from spotserve.core.cluster import DeviceId
+from spotserve.core.messages import Address, HeldSlot, WeightTransfer
+from spotserve.core.plan import Parallel, Slot
+from spotserve.migration.sources import weight_transfers
+
+devices = st.builds(DeviceId, st.sampled_from(["i-1", "i-2", "i-3"]), st.integers(0, 2))
+fleets = st.dictionaries(devices, st.lists(fitting_shapes, max_size=2), max_size=7)
+Shape = tuple[int, int, int, int]
+
+
+def rank(device: DeviceId) -> Address:
+    return Address(device.instance_id, device.index)
+
+
+def transfers_of(
+    wanted: dict[DeviceId, Shape], fleet: dict[DeviceId, list[Shape]], reachable: set[DeviceId] | None = None
+) -> dict[DeviceId, tuple[WeightTransfer, ...]]:
+    return weight_transfers(
+        MODEL,
+        {
+            device: (Slot("r-9", shape[2], shape[3]), Parallel(pipeline=shape[0], tensor=shape[1]))
+            for device, shape in wanted.items()
+        },
+        {
+            device: [HeldSlot(device.index, Slot("r-1", shape[2], shape[3]), shape[0], shape[1]) for shape in shapes]
+            for device, shapes in fleet.items()
+        },
+        {device: rank(device) for device in (fleet if reachable is None else reachable)},
+    )
+
+
+@given(st.dictionaries(devices, fitting_shapes, min_size=1, max_size=4), fleets, st.sets(devices))
+def test_what_is_missing_and_somewhere_is_taken_once_and_nothing_else(wanted, fleet, unreachable) -> None:
+    reachable = fleet.keys() - unreachable
+    made = transfers_of(wanted, fleet, reachable)
+    assert made.keys() == wanted.keys()
+    memory = {device: set().union(*(has(*shape) for shape in shapes)) for device, shapes in fleet.items()}
+    for device, shape in wanted.items():
+        missing = has(*shape) - memory.get(device, set())
+        for transfer in made[device]:
+            assert transfer.source in reachable and transfer.source != device and transfer.rank == rank(transfer.source)
+            taken = {unit for unit in missing & memory[transfer.source] if unit[0] == transfer.layer}
+            assert transfer.num_bytes == size_of(taken) > 0
+            missing -= taken
+        others = set().union(*(memory[source] for source in reachable if source != device))
+        assert not missing & others, "the rest is nowhere: it is read from files"
+        layers = [transfer.layer for transfer in made[device]]
+        assert layers == sorted(layers), "the first layers come first"
+
+
+@given(st.dictionaries(devices, fitting_shapes, min_size=1, max_size=4), fleets, st.randoms())
+def test_transfers_do_not_depend_on_the_order_of_devices(wanted, fleet, random) -> None:
+    mixed, mixed_wanted = list(fleet.items()), list(wanted.items())
+    random.shuffle(mixed)
+    random.shuffle(mixed_wanted)
+    assert transfers_of(dict(mixed_wanted), dict(mixed)) == transfers_of(wanted, fleet)
+
+
+def test_the_same_instance_is_asked_first() -> None:
+    whole: Shape = (1, 1, 0, 0)
+    here, there = DeviceId("i-2", 1), DeviceId("i-1", 0)
+    made = transfers_of({DeviceId("i-2", 0): whole}, {there: [whole], here: [whole]})
+    assert {transfer.source for transfer in made[DeviceId("i-2", 0)]} == {here}
+
+
+def test_sources_share_the_load() -> None:
+    whole: Shape = (1, 1, 0, 0)
+    sources = [DeviceId("i-1", index) for index in range(3)]
+    made = transfers_of({DeviceId("i-2", 0): whole, DeviceId("i-3", 0): whole}, {source: [whole] for source in sources})
+    given_bytes: Counter[DeviceId] = Counter()
+    for transfers in made.values():
+        for transfer in transfers:
+            given_bytes[transfer.source] += transfer.num_bytes
+    assert sum(given_bytes.values()) == 2 * MODEL.weight_bytes
+    assert max(given_bytes.values()) - min(given_bytes.values()) <= MODEL.layer_bytes
+
+
+def test_two_shards_give_what_a_whole_layer_needs() -> None:
+    first, second = DeviceId("i-1", 0), DeviceId("i-1", 1)
+    made = transfers_of({DeviceId("i-2", 0): (5, 1, 2, 0)}, {first: [(1, 2, 0, 0)], second: [(1, 2, 0, 1)]})
+    (one, other) = made[DeviceId("i-2", 0)]
+    assert (one.layer, other.layer) == (2, 2)
+    assert one.num_bytes == 40 + 7 + 12 + 5 and other.num_bytes == 40 + 7 + 12, "what both have is taken from one"
