@@ -22,7 +22,7 @@ demo: setup ## a local cluster under load while a trace takes its machines away;
 	$(BIN)/spotserve demo --out runs/demo
 
 test: setup ## every test (the short chaos test included)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-external: setup ## tests against a real vLLM; SPOTSERVE_VLLM_PYTHON names an interpreter that has it (docs/engines.md)
 	$(BIN)/python -m pytest -m external
@@ -32,7 +32,7 @@ check: setup ## what every commit passes: format, lint, types, contracts, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 chaos: setup ## the long chaos test: 200 preemptions and more under 300 streams and more
 	SPOTSERVE_CHAOS=long $(BIN)/python -m pytest -m chaos -s --timeout 3600
