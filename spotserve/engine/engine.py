@@ -6,16 +6,17 @@ model is cut. Up to P steps are under way at once, of different sequences, so th
 epochs, clocks, peers and text. Single-threaded.
 """
 
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Sequence as ReadOnly
 from time import perf_counter
 from typing import Protocol
 
 from spotserve.config import EngineSettings
-from spotserve.core.errors import ContextTooLong, InvalidRequest, PeerLost
+from spotserve.core.errors import PeerLost
 from spotserve.core.messages import SequenceReport
 from spotserve.core.model import ModelSpec
 from spotserve.core.request import FinishReason, Request
+from spotserve.engine.admission import check_admissible
 from spotserve.engine.batch import slot_of
 from spotserve.engine.blocks import BlockPool
 from spotserve.engine.ranks.leader import Ranks
@@ -243,22 +244,8 @@ class Engine:
         assert len(self._under_way) == self._runner.num_issued <= self._ranks.num_stages
 
     def _check(self, request: Request, emitted_token_ids: ReadOnly[int]) -> None:
-        size, prompt = self.spec.vocabulary_size, request.prompt_token_ids
-        if request.request_id in self._sequences or request.request_id in self._frozen:
-            raise InvalidRequest(f"request {request.request_id} is already being served", code="duplicate_request")
-        named = {"prompt": prompt, "logit_bias": request.sampling.logit_bias, "stop_token_ids": request.sampling.stop_token_ids}
-        for param, token_ids in (*named.items(), ("prompt", emitted_token_ids)):
-            outside = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
-            if outside is not None:
-                raise InvalidRequest(f"token id {outside} is not in the vocabulary of {size}", param=param)
-        if len(prompt) + len(emitted_token_ids) + 1 > self._context_tokens:
-            raise ContextTooLong(
-                f"{len(prompt) + len(emitted_token_ids)} tokens leave no room in a context of {self._context_tokens}",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        if len(emitted_token_ids) >= request.sampling.max_tokens:
-            raise InvalidRequest("all tokens of the request were already emitted", param="max_tokens")
+        here = ChainMap(self._sequences, self._frozen)
+        check_admissible(request, emitted_token_ids, model=self.spec, context_tokens=self._context_tokens, here=here)
 
     def _new_sequence(self, request: Request, emitted_token_ids: tuple[int, ...]) -> Sequence:
         self._arrivals += 1

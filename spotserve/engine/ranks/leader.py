@@ -189,7 +189,7 @@ def _group_data(group: GroupLayout) -> GroupData:
 
 
 def _sampling_data(row: SamplingRow) -> SamplingData:
-    """Without the tokens that only penalties look at, unless there are penalties."""
+    """A row on the wire."""
     return SamplingData(
         row.sampling, row.position, tuple(row.prompt_token_ids), tuple(row.output_token_ids), tuple(row.banned_token_ids)
     )

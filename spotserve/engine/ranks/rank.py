@@ -80,12 +80,6 @@ class Rank:
                 return [SampledToken(token_id) for token_id in greedy(logits)]
             return self._sampler.sample(logits, sampling)
 
-    def logits(self, layout: StepLayout, logit_rows: Sequence[int]) -> torch.Tensor:
-        """[wanted, vocabulary], for a rank that is alone: what `compute` chooses from."""
-        with torch.inference_mode():
-            rows = layout.bind(self.cache)
-            return self._logits(rows.token_ids.device, lambda wanted: self._stage(rows, None, wanted), logit_rows)
-
     def _logits(
         self, device: torch.device, forward: Callable[[torch.Tensor], torch.Tensor], logit_rows: Sequence[int]
     ) -> torch.Tensor:
