@@ -36,6 +36,8 @@ class ReadySource:
         self.model = ModelSpec(
             name="ready",
             num_layers=1,
+            hidden_size=1,
+            num_heads=1,
             num_kv_heads=1,
             head_size=1,
             vocabulary_size=tokenizer.vocabulary_size,
@@ -44,6 +46,8 @@ class ReadySource:
             embedding=(Portion(1, 1),),
             head=(Portion(1, 1),),
             value_bytes=1,
+            layer_flops_per_token=0,
+            head_flops_per_token=0,
         )
 
     async def submit(self, call: Call) -> tuple[AsyncIterator[TokenDelta], ...]:

@@ -14,7 +14,7 @@ from spotserve.cloud.local import LocalCloud
 from spotserve.controller.controller import Controller
 from spotserve.controller.records import Replica
 from spotserve.core.cluster import InstanceState, ReplicaState
-from spotserve.core.cut import misfit, stage_cuts
+from spotserve.core.cut import layers_of, misfit
 from spotserve.core.errors import CloudError
 from spotserve.core.messages import Reshape
 from spotserve.metrics import Metrics
@@ -96,10 +96,10 @@ def status_of(controller: Controller, *, model_name: str, store_url: str, store_
 
 def _layers_of(controller: Controller, replica: Replica) -> list[list[int]]:
     """First decoder layer of each stage, and the first one after it."""
-    model, pipeline = controller.state.model, replica.plan.parallel.pipeline
-    if model is None or misfit(model, pipeline, replica.plan.parallel.tensor) is not None:
+    model, parallel = controller.state.model, replica.plan.parallel
+    if model is None or misfit(model, parallel.pipeline, parallel.tensor) is not None:
         return []
-    return [[layers.start, layers.stop] for layers in stage_cuts(model, pipeline)]
+    return [[layers.start, layers.stop] for layers in layers_of(model, parallel)]
 
 
 def _load_of(controller: Controller, leader_id: str | None) -> dict[str, int]:

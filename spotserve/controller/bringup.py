@@ -55,7 +55,7 @@ def bytes_there(fleet: Fleet, slot: Slot, parallel: Parallel, device: DeviceId, 
         if replica.state is ReplicaState.LOADING:
             continue
         live = next(each for each, where in replica.devices.items() if where == device)
-        held = HeldSlot(device.index, live, replica.plan.parallel.pipeline, replica.plan.parallel.tensor)
+        held = HeldSlot(device.index, live, replica.plan.parallel)
         _, _, kv_tokens = fleet.load_of(replica)
         kv += inheritable_kv_bytes(fleet.model, held, slot, parallel, kv_tokens)
     return weights + kv // num_heirs

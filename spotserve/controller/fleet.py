@@ -90,7 +90,7 @@ class Fleet:
     def _keep_what_is_used(self, device: DeviceId) -> None:
         """A device has the weights of its ready slots; when there are none, it keeps what it had."""
         used = tuple(
-            HeldSlot(device.index, slot, replica.plan.parallel.pipeline, replica.plan.parallel.tensor)
+            HeldSlot(device.index, slot, replica.plan.parallel)
             for replica in self.replicas.values()
             for slot in sorted(replica.ready_slots)
             if replica.devices[slot] == device

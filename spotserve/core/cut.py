@@ -5,8 +5,10 @@ A *unit* is what shards cannot share: an attention head, a column of a matrix. O
 """
 
 from functools import lru_cache
+from itertools import accumulate
 
 from spotserve.core.model import ModelSpec, Portion
+from spotserve.core.plan import Parallel
 
 EMBEDDING = -1
 """Stands for the layer before the first: what turns token ids into the first hidden state."""
@@ -59,6 +61,15 @@ def stage_cuts(model: ModelSpec, pipeline: int) -> tuple[range, ...]:
     sizes = [each + (stage < remainder) for stage in range(others)] + [last]
     starts = [sum(sizes[:stage]) for stage in range(pipeline)]
     return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def layers_of(model: ModelSpec, parallel: Parallel) -> tuple[range, ...]:
+    """Decoder layers of each stage of a replica: as its shape says, or else as `stage_cuts` divides them."""
+    if not parallel.stage_layers:
+        return stage_cuts(model, parallel.pipeline)
+    ends = list(accumulate(parallel.stage_layers))
+    assert ends[-1] == model.num_layers, "a shape for another model"
+    return tuple(range(end - size, end) for end, size in zip(ends, parallel.stage_layers, strict=True))
 
 
 def misfit(model: ModelSpec, pipeline: int, tensor: int) -> str | None:

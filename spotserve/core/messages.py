@@ -25,7 +25,7 @@ from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel, ReplicaPlan, Slot
 from spotserve.core.request import Request, TokenDelta
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -55,15 +55,14 @@ class SequenceReport(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HeldSlot(msgspec.Struct, frozen=True, array_like=True):
-    """Weights that a device has in memory: those of `slot` in a replica of P = `pipeline` stages and M = `tensor` shards.
+    """Weights that a device has in memory: those of `slot` in a replica of the shape `parallel`.
 
     While a device is re-cut it has two: the slot that still serves, and the one that will.
     """
 
     device_index: int
     slot: Slot
-    pipeline: int
-    tensor: int
+    parallel: Parallel
 
 
 class Registered(Message, frozen=True):

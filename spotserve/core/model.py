@@ -19,7 +19,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """What clients call the model."""
     num_layers: int
+    hidden_size: int
+    """Width of the state that layers hand on."""
+    num_heads: int
+    """Attention heads that ask (queries)."""
     num_kv_heads: int
+    """Attention heads that are kept (keys and values)."""
     head_size: int
     vocabulary_size: int
     context_tokens: int
@@ -29,10 +34,15 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     embedding: tuple[Portion, ...]
     head: tuple[Portion, ...]
     value_bytes: int
-    """Bytes of one element of the KV cache (4 for float32)."""
+    """Bytes of one element of the KV cache (4 for float32), and of the state that layers hand on."""
+    layer_flops_per_token: int
+    """Operations of one decoder layer for one token, attention to other tokens apart: twice the weights that a token meets."""
+    head_flops_per_token: int
+    """The same for final norm and head."""
 
     def __post_init__(self) -> None:
-        assert min(self.num_layers, self.num_kv_heads, self.head_size, self.vocabulary_size, self.context_tokens) >= 1
+        sizes = (self.hidden_size, self.num_heads, self.num_kv_heads, self.head_size, self.vocabulary_size, self.context_tokens)
+        assert min(self.num_layers, *sizes) >= 1 and min(self.layer_flops_per_token, self.head_flops_per_token) >= 0
 
     @property
     def layer_bytes(self) -> int:

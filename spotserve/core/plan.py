@@ -15,9 +15,12 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True):
     pipeline: int = 1
     tensor: int = 1
     max_batch: int = 32
+    stage_layers: tuple[int, ...] = ()
+    """How many decoder layers each stage has; empty: as `core.cut.stage_cuts` divides them."""
 
     def __post_init__(self) -> None:
         assert self.pipeline >= 1 and self.tensor >= 1 and self.max_batch >= 1
+        assert len(self.stage_layers) in (0, self.pipeline) and min(self.stage_layers, default=1) >= 1
 
     @property
     def num_slots(self) -> int:
@@ -38,6 +41,8 @@ class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     replica_id: str
     parallel: Parallel
+    instance_type: str = ""
+    """The type of machine that it is planned for; empty: any."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:

@@ -153,8 +153,8 @@ class _Maker:
         except ModelError as error:
             unshardable = str(error)
         layer_entries = [self._layer_entries(index, division) for index, division in enumerate(divisions)]
-        portions = Counter(_portions(entries) for entries in layer_entries)
-        typical = portions.most_common(1)[0][0]
+        portions_of_layers = [_portions(entries) for entries in layer_entries]
+        typical = Counter(portions_of_layers).most_common(1)[0][0]
         tied = dict(getattr(self._module, "all_tied_weights_keys", {}))
         head_path, head_units = self._head(typical)
         head_units = 1 if unshardable else head_units
@@ -163,6 +163,8 @@ class _Maker:
         spec = ModelSpec(
             name=self._name,
             num_layers=self._num_layers,
+            hidden_size=self._text.hidden_size,
+            num_heads=self._text.num_attention_heads,
             num_kv_heads=self._num_kv_heads,
             head_size=self._head_size(),
             vocabulary_size=self._text.vocab_size,
@@ -171,9 +173,22 @@ class _Maker:
             embedding=ends[EMBEDDING],
             head=ends[self._num_layers],
             value_bytes=self._dtype.itemsize,
+            layer_flops_per_token=self._flops_per_token(layer_entries[portions_of_layers.index(typical)]),
+            head_flops_per_token=self._flops_per_token([entry for entry in outside if entry.home == self._num_layers]),
         )
         entries = {entry.name: entry for part in (*layer_entries, outside) for entry in part}
         return Catalogue(self._config, self._dtype, spec, self._homes, entries, divisions, head_path, unshardable)
+
+    def _flops_per_token(self, entries: Sequence[Entry]) -> int:
+        """Operations for one token: two for each weight of the matrices that it meets. Of experts it meets those it is sent to."""
+        num_experts = getattr(self._text, "num_local_experts", None) or getattr(self._text, "num_experts", None) or 1
+        met = getattr(self._text, "num_experts_per_tok", None) or 1
+        flops = 0
+        for entry in entries:
+            if len(entry.shape) >= 2:
+                is_expert = num_experts > 1 and (".experts." in entry.name or entry.shape[0] == num_experts)
+                flops += 2 * prod(entry.shape) * (met if is_expert else 1) // (num_experts if is_expert else 1)
+        return flops
 
     def _head_size(self) -> int:
         """Of the first attention module, which the others are like."""

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from spotserve.core.cluster import DeviceId
-from spotserve.core.cut import stage_cuts, units_held
+from spotserve.core.cut import layers_of, units_held
 from spotserve.core.messages import HeldSlot
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel, Placement, Slot
@@ -22,8 +22,8 @@ from spotserve.migration.slices import Pieces, common, count, layers_held, minus
 _EXACT = 2**53
 """Integers below it are exact in the floating point of the solver."""
 
-_Part: TypeAlias = tuple[int, int, int, int]
-"""Stages, shards, and which stage and shard: all that says what a slot holds."""
+_Part: TypeAlias = tuple[Parallel, int, int]
+"""Shape, and which stage and shard: all that says what a slot holds."""
 
 
 def reusable_bytes(model: ModelSpec, held: Sequence[HeldSlot], slot: Slot, parallel: Parallel) -> int:
@@ -31,21 +31,21 @@ def reusable_bytes(model: ModelSpec, held: Sequence[HeldSlot], slot: Slot, paral
 
     `held` is what the device has in memory: nothing, one slot, or two while it is re-cut; what both have counts once.
     """
-    there = tuple((each.pipeline, each.tensor, each.slot.stage, each.slot.shard) for each in held)
-    return _reusable_bytes(model, there, (parallel.pipeline, parallel.tensor, slot.stage, slot.shard))
+    there = tuple((each.parallel, each.slot.stage, each.slot.shard) for each in held)
+    return _reusable_bytes(model, there, (parallel, slot.stage, slot.shard))
 
 
 @lru_cache(maxsize=65_536)
 def _reusable_bytes(model: ModelSpec, held: tuple[_Part, ...], wanted: _Part) -> int:
     """Slots of many replicas are alike: a fleet has few different pairs of them."""
-    pipeline, tensor, stage, shard = wanted
+    parallel, stage, shard = wanted
     num_bytes = 0
-    for layer in layers_held(model, pipeline, stage):
-        sharing = [(its_tensor, its_shard) for its, its_tensor, on, its_shard in held if layer in layers_held(model, its, on)]
+    for layer in layers_held(model, parallel, stage):
+        sharing = [(its.tensor, its_shard) for its, on, its_shard in held if layer in layers_held(model, its, on)]
         if not sharing:
             continue
         for num_units, each in unit_bytes(portions_of(model, layer)).items():
-            needed = units_held(num_units, tensor, shard)
+            needed = units_held(num_units, parallel.tensor, shard)
             missing: Pieces = (needed,)
             for its_tensor, its_shard in sharing:
                 missing = minus(missing, units_held(num_units, its_tensor, its_shard))
@@ -58,9 +58,10 @@ def inheritable_kv_bytes(model: ModelSpec, live: HeldSlot, slot: Slot, parallel:
 
     It counts as far as both have the same layers and the same heads.
     """
-    layers = common(stage_cuts(model, live.pipeline)[live.slot.stage], stage_cuts(model, parallel.pipeline)[slot.stage])
+    layers = common(layers_of(model, live.parallel)[live.slot.stage], layers_of(model, parallel)[slot.stage])
     heads = common(
-        units_held(model.num_kv_heads, live.tensor, live.slot.shard), units_held(model.num_kv_heads, parallel.tensor, slot.shard)
+        units_held(model.num_kv_heads, live.parallel.tensor, live.slot.shard),
+        units_held(model.num_kv_heads, parallel.tensor, slot.shard),
     )
     return layers * heads * 2 * model.head_size * model.value_bytes * tokens
 

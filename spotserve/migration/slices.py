@@ -8,19 +8,20 @@ ranges, since a layer may have as many units as a matrix has columns.
 from collections import Counter
 from collections.abc import Mapping
 
-from spotserve.core.cut import EMBEDDING, head_of, stage_cuts
+from spotserve.core.cut import EMBEDDING, head_of, layers_of
 from spotserve.core.model import ModelSpec, Portion
+from spotserve.core.plan import Parallel
 
 Pieces = tuple[range, ...]
 """A set of numbers as ranges of step 1 that have none in common."""
 
 
-def layers_held(model: ModelSpec, pipeline: int, stage: int) -> range:
-    """Layers on `stage` of `pipeline` stages, pseudo-layers included: the first stage begins with the embedding, the last one
-    ends with the head."""
-    decoder = stage_cuts(model, pipeline)[stage]
+def layers_held(model: ModelSpec, parallel: Parallel, stage: int) -> range:
+    """Layers on one stage of a replica, pseudo-layers included: the first stage begins with the embedding, the last one ends
+    with the head."""
+    decoder = layers_of(model, parallel)[stage]
     start = EMBEDDING if stage == 0 else decoder.start
-    return range(start, head_of(model) + 1 if stage == pipeline - 1 else decoder.stop)
+    return range(start, head_of(model) + 1 if stage == parallel.pipeline - 1 else decoder.stop)
 
 
 def portions_of(model: ModelSpec, layer: int) -> tuple[Portion, ...]:

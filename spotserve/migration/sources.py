@@ -53,7 +53,7 @@ def _transfers(
     """Transfers to one device; adds what they take to `given`."""
     slot, parallel = wanted
     others = sorted(source for source in held if source != device and source in ranks)
-    for layer in layers_held(model, parallel.pipeline, slot.stage):
+    for layer in layers_held(model, parallel, slot.stage):
         each = unit_bytes(portions_of(model, layer))
         missing: _Units = {num_units: (units_held(num_units, parallel.tensor, slot.shard),) for num_units in each}
         missing = _without(missing, _with_layer(model, held.get(device, ()), layer))
@@ -69,7 +69,7 @@ def _transfers(
 
 
 def _with_layer(model: ModelSpec, slots: Sequence[HeldSlot], layer: int) -> list[HeldSlot]:
-    return [each for each in slots if layer in layers_held(model, each.pipeline, each.slot.stage)]
+    return [each for each in slots if layer in layers_held(model, each.parallel, each.slot.stage)]
 
 
 def _without(missing: _Units, slots: Sequence[HeldSlot]) -> _Units:
@@ -77,5 +77,5 @@ def _without(missing: _Units, slots: Sequence[HeldSlot]) -> _Units:
     rest = dict(missing)
     for num_units in missing:
         for each in slots:
-            rest[num_units] = minus(rest[num_units], units_held(num_units, each.tensor, each.slot.shard))
+            rest[num_units] = minus(rest[num_units], units_held(num_units, each.parallel.tensor, each.slot.shard))
     return rest

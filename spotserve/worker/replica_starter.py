@@ -235,5 +235,4 @@ class ReplicaStarter:
 
 
 def _held(activate: Activate) -> HeldSlot:
-    parallel = activate.replica.parallel
-    return HeldSlot(activate.device_index, activate.slot, parallel.pipeline, parallel.tensor)
+    return HeldSlot(activate.device_index, activate.slot, activate.replica.parallel)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spotserve.core.cut import stage_cuts, units_held
+from spotserve.core.cut import layers_of, units_held
 from spotserve.core.errors import PeerLost
 from spotserve.core.messages import Activate, Address, KvHolder
 from spotserve.core.model import ModelSpec
@@ -121,7 +121,7 @@ def _nothing(_: Answer) -> list[torch.Tensor]:
 
 
 def _part(spec: ModelSpec, parallel: Parallel, stage: int, shard: int) -> tuple[Units, Units]:
-    layers, heads = stage_cuts(spec, parallel.pipeline)[stage], units_held(spec.num_kv_heads, parallel.tensor, shard)
+    layers, heads = layers_of(spec, parallel)[stage], units_held(spec.num_kv_heads, parallel.tensor, shard)
     return Units(layers.start, layers.stop), Units(heads.start, heads.stop)
 
 

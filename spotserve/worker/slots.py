@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from spotserve.config import EngineSettings
-from spotserve.core.cut import stage_cuts
+from spotserve.core.cut import layers_of
 from spotserve.core.messages import Activate
 from spotserve.core.plan import Slot
 from spotserve.engine.assemble import Pull
@@ -92,7 +92,7 @@ class Device:
             self._groups[slot] = group
             self.server.expect(group)
         try:
-            layers = stage_cuts(spec, parallel.pipeline)[slot.stage]
+            layers = layers_of(spec, parallel)[slot.stage]
             prepared = prepare(
                 model,
                 StageSlice(layers, spec.num_layers, slot.shard, parallel.tensor),

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from model_specs import small_spec
+
 from spotserve.config import ControllerSettings
 from spotserve.controller.state import ControllerState
 from spotserve.core.cluster import DeviceId, InstanceState, Notice, NoticeKind, ReplicaState
@@ -27,10 +29,10 @@ from spotserve.core.messages import (
     Tick,
     Undrain,
 )
-from spotserve.core.model import ModelSpec, Portion
+from spotserve.core.model import Portion
 from spotserve.core.plan import ReplicaPlan, Slot
 
-MODEL = ModelSpec(
+MODEL = small_spec(
     name="tiny",
     num_layers=4,
     num_kv_heads=2,
@@ -122,10 +124,7 @@ class Machine:
             spot=True,
             zone="z",
             replicas=tuple(self.slots[slot].replica for slot in sorted(self.up)),
-            held=tuple(
-                HeldSlot(each.device_index, each.slot, each.replica.parallel.pipeline, each.replica.parallel.tensor)
-                for each in held
-            ),
+            held=tuple(HeldSlot(each.device_index, each.slot, each.replica.parallel) for each in held),
             model=MODEL if held else None,
         )
 

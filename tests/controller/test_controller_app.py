@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from model_specs import small_spec
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.exceptions import HTTPException
 
@@ -27,7 +28,7 @@ from spotserve.core.messages import (
     Registered,
     SlotReady,
 )
-from spotserve.core.model import ModelSpec, Portion
+from spotserve.core.model import Portion
 from spotserve.core.plan import Slot
 from spotserve.gateway.app import _http_error
 from spotserve.metrics import Metrics
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.anyio
 
 SECRET = "s3cret"
 WITH_SECRET = {"authorization": f"Bearer {SECRET}"}
-MODEL = ModelSpec(
+MODEL = small_spec(
     name="tiny",
     num_layers=2,
     num_kv_heads=2,

@@ -22,7 +22,7 @@ from spotserve.core.messages import (
     Tick,
     Undrain,
 )
-from spotserve.core.plan import Slot
+from spotserve.core.plan import Parallel, Slot
 
 
 def only(commands: list[Command], kind: type) -> Command:
@@ -175,7 +175,7 @@ def test_weights_that_are_there_decide_who_takes_a_slot() -> None:
     world = World(data=1)
     world.serve("i-1", "i-2")
     address = Address("127.0.0.1", 1003)
-    held = HeldSlot(0, Slot("r-0", 0, 0), 1, 1)
+    held = HeldSlot(0, Slot("r-0", 0, 0), Parallel())
     third = Registered(
         instance_id="i-3",
         address=address,

@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_specs import small_spec
 from rank_scene import PATIENCE_S, SECRET, Seat, places, seats
 
 from spotserve.core.cluster import DeviceId
 from spotserve.core.cut import stage_cuts, units_held
 from spotserve.core.errors import PeerLost
 from spotserve.core.messages import Activate, KvHolder, Member
-from spotserve.core.model import ModelSpec, Portion
+from spotserve.core.model import Portion
 from spotserve.core.plan import Parallel, ReplicaPlan, Slot
 from spotserve.core.request import Request, SamplingParams
 from spotserve.engine.attention import KvCache
@@ -20,7 +21,7 @@ from spotserve.engine.ranks.memory import HeldKv
 from spotserve.engine.results import FrozenSequence
 from spotserve.worker.replicas import Fetcher, KvHome
 
-SPEC = ModelSpec(
+SPEC = small_spec(
     name="m",
     num_layers=5,
     num_kv_heads=2,

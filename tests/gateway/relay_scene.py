@@ -6,13 +6,14 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import msgspec
+from model_specs import small_spec
 
 from spotserve.checkpoint.store import Commit, CommitOutcome, Progress
 from spotserve.config import GatewaySettings
 from spotserve.core.cluster import ReplicaState
 from spotserve.core.errors import StoreError
 from spotserve.core.messages import Address, Attach, Deltas, Route, RoutingTable, SequenceResumed, WorkerInbound
-from spotserve.core.model import ModelSpec, Portion
+from spotserve.core.model import Portion
 from spotserve.core.request import FinishReason, Request, SamplingParams, TokenDelta
 from spotserve.gateway.calls import Call
 from spotserve.gateway.relay import Relay
@@ -24,7 +25,7 @@ SECRET = "of the scene"
 PATIENCE_S = 10.0
 """A test that waits this long has failed."""
 
-MODEL = ModelSpec(
+MODEL = small_spec(
     name="scripted",
     num_layers=1,
     num_kv_heads=1,

@@ -5,6 +5,8 @@ import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from model_specs import small_spec
+
 from spotserve.core.errors import Overloaded
 from spotserve.core.model import ModelSpec, Portion
 from spotserve.core.request import FinishReason, Request, TokenDelta, TokenLogprob
@@ -12,7 +14,7 @@ from spotserve.gateway.calls import Call
 
 
 def model_spec(vocabulary_size: int, context_tokens: int = 256) -> ModelSpec:
-    return ModelSpec(
+    return small_spec(
         name="scripted",
         num_layers=1,
         num_kv_heads=1,

@@ -1,11 +1,12 @@
 """A model whose weights can be counted one by one, and slots of every shape that it can be cut into."""
 
 from hypothesis import strategies as st
+from model_specs import small_spec
 
 from spotserve.core.cut import EMBEDDING, head_of, stage_cuts, units_held
-from spotserve.core.model import ModelSpec, Portion
+from spotserve.core.model import Portion
 
-MODEL = ModelSpec(
+MODEL = small_spec(
     name="m",
     num_layers=5,
     num_kv_heads=2,

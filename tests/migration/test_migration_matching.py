@@ -15,7 +15,7 @@ from spotserve.migration.matching import inheritable_kv_bytes, place, reusable_b
 
 @given(st.lists(fitting_shapes, max_size=2), fitting_shapes)
 def test_reusable_bytes_are_those_that_both_have(old, new) -> None:
-    held = [HeldSlot(0, Slot("r-1", shape[2], shape[3]), shape[0], shape[1]) for shape in old]
+    held = [HeldSlot(0, Slot("r-1", shape[2], shape[3]), Parallel(pipeline=shape[0], tensor=shape[1])) for shape in old]
     there = set().union(*(has(*shape) for shape in old))
     expected = size_of(there & has(*new))
     assert reusable_bytes(MODEL, held, Slot("r-2", new[2], new[3]), Parallel(pipeline=new[0], tensor=new[1])) == expected
@@ -23,7 +23,7 @@ def test_reusable_bytes_are_those_that_both_have(old, new) -> None:
 
 @given(fitting_shapes, fitting_shapes, st.integers(0, 50))
 def test_kv_counts_as_far_as_layers_and_heads_are_common(old, new, tokens: int) -> None:
-    live = HeldSlot(0, Slot("r-1", old[2], old[3]), old[0], old[1])
+    live = HeldSlot(0, Slot("r-1", old[2], old[3]), Parallel(pipeline=old[0], tensor=old[1]))
 
     def parts(shape) -> set[tuple[int, int]]:
         layers = stage_cuts(MODEL, shape[0])[shape[2]]
@@ -38,7 +38,7 @@ def test_a_slot_finds_all_it_needs_where_it_is() -> None:
     parallel = Parallel(pipeline=2, tensor=2)
     for slot in ReplicaPlan(replica_id="r-1", parallel=parallel).slots:
         needed = size_of(has(2, 2, slot.stage, slot.shard))
-        assert reusable_bytes(MODEL, [HeldSlot(0, slot, 2, 2)], slot, parallel) == needed
+        assert reusable_bytes(MODEL, [HeldSlot(0, slot, Parallel(pipeline=2, tensor=2))], slot, parallel) == needed
 
 
 def alike(slot: Slot, device: DeviceId) -> int:
@@ -92,7 +92,7 @@ def test_kept_replicas_keep_their_devices(pipeline: int, tensor: int, data: int,
     random.shuffle(machines)
     current = dict(zip(slots, machines, strict=False))
     there = [device for index, device in enumerate(sorted(machines)) if index not in lost]
-    holds = {device: [HeldSlot(0, slot, pipeline, tensor)] for slot, device in current.items()}
+    holds = {device: [HeldSlot(0, slot, Parallel(pipeline=pipeline, tensor=tensor))] for slot, device in current.items()}
     kept = [each for each in replicas if all(current[slot] in there for slot in each.slots)]
     fresh = [
         ReplicaPlan(replica_id=f"a-{index}", parallel=parallel) for index in range(len(there) // parallel.num_slots - len(kept))

@@ -5,12 +5,13 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from model_specs import small_spec
 
 from spotserve.core.messages import Address, SequenceAction, SequenceOrder, SequenceReport
-from spotserve.core.model import ModelSpec, Portion
+from spotserve.core.model import Portion
 from spotserve.migration.schedule import Destination, InstanceSpeed, decide, fallback, margin_s, spread
 
-MODEL = ModelSpec(
+MODEL = small_spec(
     name="m",
     num_layers=5,
     num_kv_heads=5,

@@ -30,7 +30,10 @@ def transfers_of(
             for device, shape in wanted.items()
         },
         {
-            device: [HeldSlot(device.index, Slot("r-1", shape[2], shape[3]), shape[0], shape[1]) for shape in shapes]
+            device: [
+                HeldSlot(device.index, Slot("r-1", shape[2], shape[3]), Parallel(pipeline=shape[0], tensor=shape[1]))
+                for shape in shapes
+            ]
             for device, shapes in fleet.items()
         },
         {device: rank(device) for device in (fleet if reachable is None else reachable)},

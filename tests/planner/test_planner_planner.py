@@ -3,13 +3,14 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from model_specs import small_spec
 
 from spotserve.core.cut import misfit
 from spotserve.core.model import ModelSpec, Portion
 from spotserve.core.plan import Parallel, Plan
 from spotserve.planner.planner import Shape, fitting_shape, number_after, plan, refusal
 
-MODEL = ModelSpec(
+MODEL = small_spec(
     name="m",
     num_layers=4,
     num_kv_heads=4,

@@ -105,7 +105,7 @@ async def test_it_registers_loads_and_registers_what_it_holds_with_the_next_cont
         office.channel.close()
         again = await office.hears(Registered)
         assert [replica.replica_id for replica in again.replicas] == ["r-1"]
-        assert again.held == (HeldSlot(0, Slot("r-1", 0, 0), 1, 1),)
+        assert again.held == (HeldSlot(0, Slot("r-1", 0, 0), Parallel()),)
         assert again.model == ready.model
 
 

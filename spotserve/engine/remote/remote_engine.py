@@ -313,6 +313,8 @@ def _spec(name: str, vocabulary_size: int, context_tokens: int) -> ModelSpec:
     return ModelSpec(
         name=name,
         num_layers=1,
+        hidden_size=1,
+        num_heads=1,
         num_kv_heads=1,
         head_size=1,
         vocabulary_size=vocabulary_size,
@@ -321,4 +323,6 @@ def _spec(name: str, vocabulary_size: int, context_tokens: int) -> ModelSpec:
         embedding=whole,
         head=whole,
         value_bytes=1,
+        layer_flops_per_token=0,
+        head_flops_per_token=0,
     )
