@@ -36,15 +36,15 @@ class SliceCost:
     def __post_init__(self) -> None:
         assert min(self.constant_s, self.token_s, self.pair_s) >= 0 and self.token_s + self.pair_s > 0
 
-    def work_s(self, tokens: float, context: float) -> float:
+    def work_s(self, tokens: int, context: int) -> float:
         """What `tokens` after `context` others cost in however many slices, but for the constant of each."""
         return self.token_s * tokens + self.pair_s * num_pairs(tokens, context)
 
-    def seconds(self, tokens: float, context: float) -> float:
+    def seconds(self, tokens: int, context: int) -> float:
         """Time of a slice of `tokens` after `context` others."""
         return self.constant_s + self.work_s(tokens, context)
 
-    def tokens_within(self, work_s: float, context: float) -> float:
+    def tokens_within(self, work_s: float, context: int) -> float:
         """How many tokens after `context` others cost `work_s`; the inverse of `work_s`, a fraction."""
         linear = self.token_s + self.pair_s * (context + 0.5)
         return 2 * work_s / (linear + sqrt(linear * linear + 2 * self.pair_s * work_s))

@@ -17,8 +17,8 @@ from spotserve.core.plan import Parallel
 from spotserve.planner.chunks import num_pairs
 from spotserve.planner.collectives import hops
 from spotserve.planner.memory import kv_tokens, stage_weight_bytes
-from spotserve.planner.pipeline import cycle_s, makespan_s
-from spotserve.planner.prefill import slice_lengths
+from spotserve.planner.pipeline import cycle_s, through_s
+from spotserve.planner.prefill import num_slices
 from spotserve.planner.roofline import StepCost
 from spotserve.planner.shards import head_cost, layer_cost
 
@@ -61,40 +61,42 @@ class ReplicaCost:
         sequences = max(1.0, sequences)
         groups = min(float(len(self.stage_layers)), sequences)
         tokens, context = sequences / groups, context_tokens / groups
-        return cycle_s(self._stations_s(tokens, context + tokens, context, outputs=tokens), groups)
+        stations_s = self._stations_s(tokens, context + tokens, context)
+        stations_s[-1] += self.head.seconds(tokens)
+        if self.hops:
+            stations_s.append(self.hops[-1].latency_s)  # tokens are few bytes on their way back
+        return cycle_s(stations_s, groups)
 
     def prompt_s(self, tokens: float) -> float:
         """See `ReplicaSpeed.prompt_s`: all slices of the prompt, on the stage that they keep longest."""
-        slices_s = self._slices_s(tokens)
-        return max(sum(slice_s[station] for slice_s in slices_s) for station in range(len(slices_s[0])))
+        slices, stations_s, last_s = self._slices(tokens)
+        *others_s, final_s = (slices * station_s for station_s in stations_s)
+        return max(*others_s, final_s + last_s) if others_s else final_s + last_s
 
     def first_token_s(self, tokens: float) -> float:
         """See `ReplicaSpeed.first_token_s`: slices of the prompt follow each other through the stages."""
-        return makespan_s(self._slices_s(tokens))
+        slices, stations_s, last_s = self._slices(tokens)
+        back_s = self.hops[-1].latency_s if self.hops else 0.0
+        return through_s(stations_s, slices) + last_s + back_s
 
-    def _slices_s(self, tokens: float) -> list[list[float]]:
-        """Times of the slices of a prompt at every station up to the first token."""
+    def _slices(self, tokens: float) -> tuple[int, list[float], float]:
+        """A prompt: how many slices it is cut into, the time of one at every station, and of the head at the end.
+
+        Slices take equal time each; the older tokens whose KV they read count at their mean.
+        """
         tokens = max(1.0, tokens)
-        times: list[list[float]] = []
-        position = 0.0
-        for length in slice_lengths(self.layer, tokens, len(self.stage_layers)):
-            pairs = num_pairs(length, position)
-            is_last = position + length >= tokens * (1 - 1e-9)
-            times.append(self._stations_s(length, pairs, position, outputs=1.0 if is_last else 0.0))
-            position += length
-        return times
+        slices = num_slices(self.layer, tokens, len(self.stage_layers))
+        older = tokens * (slices - 1) / slices / 2
+        stations_s = self._stations_s(tokens / slices, num_pairs(tokens, 0) / slices, older)
+        return slices, stations_s, self.head.seconds(1.0)
 
-    def _stations_s(self, tokens: float, pairs: float, kv_tokens: float, *, outputs: float) -> list[float]:
-        """A step at every stage and every link, in the order of its way round; tokens are few bytes on their way back."""
+    def _stations_s(self, tokens: float, pairs: float, kv_tokens: float) -> list[float]:
+        """A step at every stage, and at every link from one to the next, without the head."""
         layer_s = self.layer.seconds(tokens, pairs, kv_tokens)
-        stages_s = [layers * layer_s for layers in self.stage_layers]
-        if outputs > 0:
-            stages_s[-1] += self.head.seconds(outputs)
-        if not self.hops:
-            return stages_s
-        links_s = [link.seconds(tokens * self.state_bytes) for link in self.hops[:-1]]
-        links_s.append(self.hops[-1].latency_s if outputs > 0 else 0.0)
-        return [station_s for pair in zip(stages_s, links_s, strict=True) for station_s in pair]
+        stations_s = [self.stage_layers[0] * layer_s]
+        for link, layers in zip(self.hops[:-1], self.stage_layers[1:], strict=True):
+            stations_s += [link.seconds(tokens * self.state_bytes), layers * layer_s]
+        return stations_s
 
 
 @lru_cache(maxsize=65_536)

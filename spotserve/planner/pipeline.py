@@ -11,21 +11,15 @@ def cycle_s(stations_s: Sequence[float], groups: float) -> float:
     """Between two tokens of one sequence when `groups` groups of sequences go round through all stations.
 
     Exact for groups alike: either a group is alone with its way round, or the slowest station serves one group after the other.
-    With stages alike and as many groups this is P * t (planning of a decode step after Orca, OSDI'22). `groups` may be a mean.
+    With stages alike and as many groups this is P * t. `groups` may be a mean.
     """
     return max(sum(stations_s), groups * max(stations_s))
 
 
-def makespan_s(slices_s: Sequence[Sequence[float]]) -> float:
-    """Until all slices are through all stations; `slices_s[i][k]` is the time of slice i at station k. Slices keep their order.
+def through_s(stations_s: Sequence[float], slices: int) -> float:
+    """Until `slices` slices that take equal time are through all stations, which need not be alike.
 
-    Exact for any times (a permutation flow shop). With slices alike it is sum + (m - 1) * max over stations, with stages alike
-    sum + (P - 1) * max over slices (TeraPipe, ICML'21).
+    Exact (a proportionate flow shop; TeraPipe, ICML'21, has it for stages alike): the first slice passes every station, the others
+    follow at the pace of the slowest one.
     """
-    done_s = [0.0] * len(slices_s[0])
-    for slice_s in slices_s:
-        before_s = 0.0
-        for station, seconds in enumerate(slice_s):
-            before_s = max(before_s, done_s[station]) + seconds
-            done_s[station] = before_s
-    return done_s[-1]
+    return sum(stations_s) + (slices - 1) * max(stations_s)
