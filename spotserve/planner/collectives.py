@@ -4,37 +4,35 @@ Invariant: slots are packed. The shards of a stage fill machines one after the o
 on one; `migration` places them like this where it can. Does not know layers or models: only bytes.
 """
 
-from math import ceil, log2
+from math import ceil, inf, log2
 
 from spotserve.core.hardware import InstanceType, Link
 from spotserve.core.plan import Parallel
 
 
 def all_reduce_s(num_bytes: float, tensor: int, hardware: InstanceType) -> float:
-    """Sum of `num_bytes` over `tensor` shards, that all get: first within machines, then between them.
+    """Sum of `num_bytes` over `tensor` shards, that all get.
 
-    Bytes as in a ring, 2 (n - 1) / n of the message through every port. Latency: within a machine two messages whatever n, since
-    it is that of launching (Vidur's A100 profile, 2, 4 and 8 shards: mean error 11 %; with 2 log2(n) messages 16 %, with a
-    ring's 2 (n - 1) 19 %); between machines 2 log2(n), those of NCCL's trees (Sanders et al., 2009).
+    Bytes as in one ring over all shards: 2 (M - 1) / M of the message through every port, at the pace of the slowest. Latency
+    within a machine: two messages whatever M, since it is that of launching (Vidur's A100 profile, 2, 4 and 8 shards: mean error
+    11 %; with 2 log2(M) messages 16 %, with a ring's 2 (M - 1) 19 %). Between machines: 2 log2 of their number, as in NCCL's
+    trees (Sanders et al., 2009); SpotServe's T4 profiles have about 0.4 ms for two machines and 0.7 ms for four.
     """
-    local = min(tensor, hardware.num_devices)
-    seconds = 0.0
-    if local > 1:
-        seconds += 2 * hardware.device_link.latency_s + _ring_bytes(num_bytes, local) / hardware.device_link.bytes_per_s
-    if tensor > local:
-        machines = ceil(tensor / hardware.num_devices)
-        latency_s = 2 * ceil(log2(machines)) * hardware.network.latency_s
-        seconds += latency_s + _ring_bytes(num_bytes, machines) / hardware.network.bytes_per_s
-    return seconds
+    if tensor == 1:
+        return 0.0
+    latency_s, slowest = 0.0, inf
+    if hardware.num_devices > 1:
+        latency_s += 2 * hardware.device_link.latency_s
+        slowest = hardware.device_link.bytes_per_s
+    if tensor > hardware.num_devices:
+        latency_s += 2 * ceil(log2(ceil(tensor / hardware.num_devices))) * hardware.network.latency_s
+        slowest = min(slowest, hardware.network.bytes_per_s)
+    return latency_s + 2 * (tensor - 1) / tensor * num_bytes / slowest
 
 
 def gather_s(num_bytes: float, tensor: int, hardware: InstanceType) -> float:
     """All parts of a message of `num_bytes` that is spread over `tensor` shards get to all: half of an `all_reduce_s`."""
     return all_reduce_s(num_bytes, tensor, hardware) / 2
-
-
-def _ring_bytes(num_bytes: float, members: int) -> float:
-    return 2 * (members - 1) / members * num_bytes
 
 
 def hops(parallel: Parallel, hardware: InstanceType) -> tuple[Link, ...]:

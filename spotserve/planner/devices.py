@@ -85,8 +85,9 @@ _HOST_PCIE5 = Link(10e-6, 45e9)  # of 64 GB/s, assumed
 
 
 def _ethernet(gbit_per_s: float) -> Link:
-    """Four fifths of the line, over several TCP streams; SpotServe's hops of small messages take 70 to 150 us on g4dn.12xlarge."""
-    return Link(100e-6, 0.8 * gbit_per_s * 1e9 / 8)
+    """Four fifths of the line, over several TCP streams; latency between what SpotServe's profiles of g4dn.12xlarge have for a hop
+    (70 to 150 us) and for each of the two messages of a sum over two machines (about 200 us)."""
+    return Link(150e-6, 0.8 * gbit_per_s * 1e9 / 8)
 
 
 def _fabric(gbit_per_s: float) -> Link:

@@ -96,8 +96,8 @@ def test_a_sum_within_a_machine_and_over_machines() -> None:
     assert all_reduce_s(1e6, 1, machine(4)) == 0.0
     local_s = 2 * NEAR.latency_s + 2 * 3 / 4 * 1e6 / NEAR.bytes_per_s
     assert all_reduce_s(1e6, 4, machine(4)) == pytest.approx(local_s, rel=1e-12)
-    across_s = 2 * 2 * FAR.latency_s + 2 * 2 / 3 * 1e6 / FAR.bytes_per_s
-    assert all_reduce_s(1e6, 12, machine(4)) == pytest.approx(local_s + across_s, rel=1e-12)
+    across_s = 2 * NEAR.latency_s + 2 * 2 * FAR.latency_s + 2 * 11 / 12 * 1e6 / FAR.bytes_per_s
+    assert all_reduce_s(1e6, 12, machine(4)) == pytest.approx(across_s, rel=1e-12), "three machines, one ring"
     assert all_reduce_s(1e6, 2, machine(1)) == pytest.approx(2 * FAR.latency_s + 1e6 / FAR.bytes_per_s, rel=1e-12)
     assert gather_s(1e6, 4, machine(4)) == pytest.approx(local_s / 2, rel=1e-12)
 
