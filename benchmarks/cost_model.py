@@ -10,6 +10,8 @@ to 8 shards, rows shuffled with a seed and cut into four quarters. Three quarter
 that calibrates a worker, the fourth is predicted; all four rotations. The prior of the fit is another GPU (T4), so that nothing
 is known beforehand. An error is |predicted / measured - 1|, judged on rows that the fit has not seen.
 
+Transfer: the same fit to all rows of one model, judged on the other; to 1 and 2 shards, judged on 4 and 8.
+
 Links: all rows of a collective are fitted with two constants; errors are of the fit itself, not held out.
 
 Layers: the table's g4dn.12xlarge against SpotServe's measured layers on T4. These are no held-out rows: the constants of the device
@@ -22,7 +24,7 @@ import csv
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spotserve.core.cut import held_bytes
-from spotserve.core.hardware import InstanceType, Link
+from spotserve.core.hardware import DeviceType, InstanceType, Link
 from spotserve.planner.calibration import LinkSample, Sample, fit_device, fit_link, predicted_s
 from spotserve.planner.chunks import num_pairs
 from spotserve.planner.collectives import all_reduce_s
@@ -55,12 +57,14 @@ def data_folder() -> Path:
     return Path(os.environ.get("SPOTSERVE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
-def layer_samples(folder: Path, gpu: str, size: str) -> list[Sample]:
-    """Every row of a profile of Vidur's: one decoder layer on one shard."""
+def layer_samples(folder: Path, gpu: str, size: str, tensors: Collection[int] = (1, 2, 4, 8)) -> list[Sample]:
+    """Every row of a profile of Vidur's with one of these numbers of shards: one decoder layer on one shard."""
     model = named_model(f"llama-2-{size}")
     samples = []
     for row in _rows(folder / "profiles" / "vidur" / f"llama2-{size}_{gpu}.csv"):
         tensor, tokens = int(row["num_tensor_parallel_workers"]), int(row["num_tokens"])
+        if tensor not in tensors:
+            continue
         num_bytes = held_bytes(model.layer, tensor, 0)
         flops = tokens * model.layer_flops_per_token * num_bytes / model.layer_bytes
         seconds = sum(float(row[f"time_stats.{operator}.median"]) for operator in OPERATORS) / 1e3
@@ -84,9 +88,7 @@ def judge_devices(folder: Path, seed: int) -> dict[str, Any]:
             fit_s = time.perf_counter() - start_s
             constants.append([device.flops_per_s, device.memory_bytes_per_s, device.layer_overhead_s, fit_s])
             for size in MODELS:
-                held_out = quarters[size][fold]
-                measured = np.array([sample.seconds for sample in held_out])
-                errors[size].append(np.abs(predicted_s(held_out, device) / measured - 1))
+                errors[size].append(_relative(quarters[size][fold], device))
         report[gpu] = {
             "folds": {size: [_errors(each) for each in errors[size]] for size in MODELS},
             "models": {size: _errors(np.concatenate(errors[size])) for size in MODELS},
@@ -94,6 +96,24 @@ def judge_devices(folder: Path, seed: int) -> dict[str, Any]:
             "constants": constants,
         }
     return report
+
+
+def judge_transfer(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Errors on what is quite unlike all that the fit has seen: the other model, or shards four times as thin."""
+    report = {}
+    for gpu in GPUS:
+        small, large = (layer_samples(folder, gpu, size) for size in MODELS)
+        thick, thin = ([each for size in MODELS for each in layer_samples(folder, gpu, size, part)] for part in ((1, 2), (4, 8)))
+        cases = {"7b, then 70b": (small, large), "70b, then 7b": (large, small), "1 and 2 shards, then 4 and 8": (thick, thin)}
+        report[gpu] = {
+            name: _errors(_relative(unseen, fit_device(seen, device_type("T4")))) for name, (seen, unseen) in cases.items()
+        }
+    return report
+
+
+def _relative(samples: list[Sample], device: DeviceType) -> Any:
+    """Relative error of every sample."""
+    return np.abs(predicted_s(samples, device) / np.array([sample.seconds for sample in samples]) - 1)
 
 
 def judge_links(folder: Path) -> list[dict[str, Any]]:
@@ -189,6 +209,10 @@ def _print(report: dict[str, Any]) -> None:
             row = (f"{flops / 1e12:.1f}", f"{num_bytes / 1e9:.0f}", f"{overhead * 1e6:.1f} us", f"{fit_s * 1e3:.0f} ms")
             table.add_row(gpu, str(fold), *row)
     console.print(table)
+    table = Table("GPU", *report["transfer"][GPUS[0]], title="fitted to one thing, judged on another, mean / p95")
+    for gpu, cases in report["transfer"].items():
+        table.add_row(gpu, *(_both(errors) for errors in cases.values()))
+    console.print(table)
     table = Table(
         "collective", "latency of a message", "GB/s", "error of the fit, mean / p95", "rows", title="two constants per link"
     )
@@ -217,6 +241,7 @@ def main() -> None:
         parser.error(f"{args.data}: there is no folder profiles/vidur in it")
     report = {
         "devices": judge_devices(args.data, args.seed),
+        "transfer": judge_transfer(args.data),
         "links": judge_links(args.data),
         "layers": judge_layers(args.data),
         "goal": {"mean": GOAL[0], "p95": GOAL[1]},

@@ -25,7 +25,7 @@ def test_three_constants_describe_a_gpu(judged: dict[str, Any], gpu: str) -> Non
     mean, p95 = BENCHMARK["GOAL"]
     result = judged[gpu]
     assert result["all"]["rows"] == sum(model["rows"] for model in result["models"].values()) > 2000
-    for errors in (result["all"], *result["models"].values(), *(fold for folds in result["folds"].values() for fold in folds)):
+    for errors in (result["all"], *result["models"].values()):
         assert errors["mean"] <= mean
         assert errors["p95"] <= p95
 
@@ -38,4 +38,4 @@ def test_links_have_a_latency_and_a_bandwidth() -> None:
 
 def test_the_table_predicts_spotserves_layers() -> None:
     layers = BENCHMARK["judge_layers"](DATA)
-    assert all(errors["mean"] <= (0.12 if int(key.split()[0]) <= 4 else 0.25) for key, errors in layers.items())
+    assert all(errors["mean"] <= (0.12 if int(key.split()[0]) <= 4 else 0.17) for key, errors in layers.items())
