@@ -70,8 +70,8 @@ class ReplicaCost:
     def prompt_s(self, tokens: float) -> float:
         """See `ReplicaSpeed.prompt_s`: all slices of the prompt, on the stage that they keep longest."""
         slices, stations_s, last_s = self._slices(tokens)
-        *others_s, final_s = (slices * station_s for station_s in stations_s)
-        return max(*others_s, final_s + last_s) if others_s else final_s + last_s
+        stations_s[-1] += last_s / slices
+        return slices * max(stations_s)
 
     def first_token_s(self, tokens: float) -> float:
         """See `ReplicaSpeed.first_token_s`: slices of the prompt follow each other through the stages."""
