@@ -50,7 +50,7 @@ class SliceCost:
         return 2 * work_s / (linear + sqrt(linear * linear + 2 * self.pair_s * work_s))
 
 
-def num_pairs(tokens: int, context: int) -> float:
+def num_pairs(tokens: float, context: float) -> float:
     """Pairs of one of `tokens` and a token that it attends to: the `context` before them, those before it, and itself."""
     return tokens * (context + (tokens + 1) / 2)
 
