@@ -1,4 +1,4 @@
-"""What becomes of each sequence on a replica that goes away: finish here, move its KV, or be computed again from its tokens.
+"""What becomes of each sequence on a replica that goes away: finish here, move its KV, be computed again from its tokens, or both.
 
 Generalises the just-in-time arrangement of SpotServe (Miao et al., ASPLOS'24, section 4.1) from one verdict on a batch to one
 on each sequence: the feasible action under which its client waits least. With `usable = deadline - now - margin`:
@@ -6,6 +6,7 @@ on each sequence: the feasible action under which its client waits least. With `
     FINISH  waits 0                                             feasible if remaining_tokens * step <= usable
     MOVE    waits kv_bytes / link + uncomputed_tokens / prefill  feasible if sent + kv_bytes / link <= usable, and there is room
     RESUME  waits (queued + context_tokens) / prefill           always
+    SPLIT   waits for the later of two parts (`split`), then as MOVE for what is not computed yet; where workers can do it
 
 `sent` is the time for which the port is taken by moves before this one: one port sends one flow at a time, and a sequence
 that waits for the port goes on decoding. `queued` are the tokens that its destination computes for earlier sequences of this
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 from spotserve.core.messages import Address, SequenceAction, SequenceOrder, SequenceReport
 from spotserve.core.model import ModelSpec
+from spotserve.migration.split import Split, best_split
 
 _MARGIN_S = 0.2
 _MARGIN_SHARE = 0.1
@@ -75,6 +77,26 @@ class _Transfer:
     seconds: float
 
 
+@dataclass(slots=True)
+class _Drain:
+    """One decision under way: what does not change, the port, and what destinations have been given."""
+
+    model: ModelSpec
+    source: InstanceSpeed
+    left_s: float
+    can_split: bool
+    shares: list[_Share]
+    sent_s: float = 0.0
+
+    @property
+    def usable_s(self) -> float:
+        return self.left_s - margin_s(self.left_s)
+
+    @property
+    def deadline(self) -> str:
+        return f"deadline in {_time(self.left_s)}"
+
+
 def decide(
     sequences: Sequence[SequenceReport],
     *,
@@ -83,41 +105,45 @@ def decide(
     source: InstanceSpeed,
     destinations: Sequence[Destination],
     model: ModelSpec,
+    can_split: bool = False,
 ) -> tuple[SequenceOrder, ...]:
     """One order per sequence, in the order in which they are to be carried out: moves leave in this order.
 
     `destinations` must not contain the replica that goes away. Without destinations what cannot finish is to RESUME with no
-    suggestion where.
+    suggestion where. `can_split`: whether workers can carry out SPLIT.
     """
-    left_s = deadline_s - now_s
-    usable_s = left_s - margin_s(left_s)
     shares = [_Share(destination) for destination in sorted(destinations, key=lambda each: each.replica_id)]
-    sent_s = 0.0
-    orders: list[SequenceOrder] = []
-    for sequence in sorted(sequences, key=lambda each: (-each.computed_tokens, each.request_id)):
-        finish_s = sequence.remaining_tokens * source.step_s
-        if source.step_s > 0 and finish_s <= usable_s:
-            reason = f"finish {sequence.remaining_tokens} tokens in {_time(finish_s)}; deadline in {_time(left_s)}"
-            orders.append(_order(sequence, SequenceAction.FINISH, None, reason))
-            continue
-        share = max(shares, key=lambda each: each.room, default=None)
-        if share is None:
-            orders.append(_order(sequence, SequenceAction.RESUME, None, f"nowhere to go; deadline in {_time(left_s)}"))
-            continue
-        transfer = _transfer(sequence, source, share.destination, model)
-        refusal = _refusal(sequence, transfer, share, sent_s=sent_s, usable_s=usable_s)
-        recompute = _recompute(sequence, share)
-        share.num_given += 1
-        if transfer is not None and refusal is None:
-            sent_s += transfer.seconds
-            share.queued_tokens += sequence.context_tokens - sequence.computed_tokens
-            reason = f"move {_size(transfer.num_bytes)} in {_time(transfer.seconds)} < {recompute}; deadline in {_time(left_s)}"
-            orders.append(_order(sequence, SequenceAction.MOVE, share.destination, reason))
-        else:
-            share.queued_tokens += sequence.context_tokens
-            reason = f"{recompute}: {refusal}; deadline in {_time(left_s)}"
-            orders.append(_order(sequence, SequenceAction.RESUME, share.destination, reason))
-    return tuple(orders)
+    drain = _Drain(model, source, deadline_s - now_s, can_split, shares)
+    ordered = sorted(sequences, key=lambda each: (-each.computed_tokens, each.request_id))
+    return tuple(_verdict(sequence, drain) for sequence in ordered)
+
+
+def _verdict(sequence: SequenceReport, drain: _Drain) -> SequenceOrder:
+    """The order for one sequence; notes in `drain` what it takes."""
+    finish_s = sequence.remaining_tokens * drain.source.step_s
+    if drain.source.step_s > 0 and finish_s <= drain.usable_s:
+        reason = f"finish {sequence.remaining_tokens} tokens in {_time(finish_s)}; {drain.deadline}"
+        return _order(sequence, SequenceAction.FINISH, None, reason)
+    share = max(drain.shares, key=lambda each: each.room, default=None)
+    if share is None:
+        return _order(sequence, SequenceAction.RESUME, None, f"nowhere to go; {drain.deadline}")
+    transfer = _transfer(sequence, drain.source, share.destination, drain.model)
+    refusal = _refusal(sequence, transfer, share, sent_s=drain.sent_s, usable_s=drain.usable_s)
+    recompute = _recompute(sequence, share)
+    split = _split(sequence, transfer, share, drain) if drain.can_split else None
+    share.num_given += 1
+    if transfer is not None and split is not None:
+        drain.sent_s += transfer.seconds * split.move_tokens / sequence.computed_tokens
+        share.queued_tokens += sequence.context_tokens - split.move_tokens
+        told = f"{split.recompute_tokens} tokens while {split.move_tokens} are sent in {_time(split.seconds)}"
+        return _order(sequence, SequenceAction.SPLIT, share.destination, f"recompute {told}; {drain.deadline}", split)
+    if transfer is not None and refusal is None:
+        drain.sent_s += transfer.seconds
+        share.queued_tokens += sequence.context_tokens - sequence.computed_tokens
+        reason = f"move {_size(transfer.num_bytes)} in {_time(transfer.seconds)} < {recompute}; {drain.deadline}"
+        return _order(sequence, SequenceAction.MOVE, share.destination, reason)
+    share.queued_tokens += sequence.context_tokens
+    return _order(sequence, SequenceAction.RESUME, share.destination, f"{recompute}: {refusal}; {drain.deadline}")
 
 
 def spread(sequences: Sequence[SequenceReport], destinations: Sequence[Destination]) -> tuple[SequenceOrder, ...]:
@@ -192,18 +218,37 @@ def _refusal(sequence: SequenceReport, transfer: _Transfer | None, share: _Share
     return None
 
 
+def _split(sequence: SequenceReport, transfer: _Transfer | None, share: _Share, drain: _Drain) -> Split | None:
+    """How the KV of `sequence` is divided into what is computed again and what is sent; None: not at all."""
+    speed = share.destination.speed.prefill_tokens_per_s
+    if transfer is None or share.room <= 0 or speed <= 0:
+        return None
+    split = best_split(
+        sequence.computed_tokens,
+        recompute_token_s=1 / speed,
+        move_token_s=transfer.seconds / sequence.computed_tokens,
+        wait_s=share.queued_tokens / speed,
+        move_within_s=drain.usable_s - drain.sent_s,
+    )
+    return split if split.recompute_tokens > 0 and split.move_tokens > 0 else None
+
+
 def _recompute(sequence: SequenceReport, share: _Share) -> str:
     seconds = share.compute_s(sequence.context_tokens)
     return f"recompute {sequence.context_tokens} tokens" + ("" if seconds is None else f" in {_time(seconds)}")
 
 
-def _order(sequence: SequenceReport, action: SequenceAction, destination: Destination | None, reason: str) -> SequenceOrder:
+def _order(
+    sequence: SequenceReport, action: SequenceAction, destination: Destination | None, reason: str, split: Split | None = None
+) -> SequenceOrder:
+    takes_kv = action in (SequenceAction.MOVE, SequenceAction.SPLIT)
     return SequenceOrder(
         request_id=sequence.request_id,
         action=action,
         destination_replica_id=None if destination is None else destination.replica_id,
-        destination=destination.address if destination is not None and action is SequenceAction.MOVE else None,
+        destination=destination.address if destination is not None and takes_kv else None,
         reason=reason,
+        recompute_tokens=0 if split is None else split.recompute_tokens,
     )
 
 
