@@ -6,17 +6,16 @@ from spotserve.controller.fleet import Fleet
 from spotserve.controller.records import Replica
 from spotserve.core.cluster import DeviceId, ReplicaState
 from spotserve.core.messages import Activate, HeldSlot, Member
-from spotserve.core.plan import Parallel, ReplicaPlan, Slot
-from spotserve.migration.matching import inheritable_kv_bytes, place, reusable_bytes
+from spotserve.core.plan import ReplicaPlan
+from spotserve.migration.matching import place
+from spotserve.migration.scores import Contents, scores_of
 from spotserve.migration.sources import weight_transfers
 
 
 def bring_up(fleet: Fleet, planned: Sequence[ReplicaPlan], devices: Sequence[DeviceId], plan_epoch: int) -> list[Activate]:
     """Places replicas on `devices`, of which there must be enough, and adds them to the fleet; what their devices are told."""
     parallel = {slot: replica.parallel for replica in planned for slot in replica.slots}
-    placement = place(
-        list(parallel), devices, lambda slot, device: bytes_there(fleet, slot, parallel[slot], device, len(planned))
-    ).devices
+    placement = place(scores_of(fleet.model, planned, devices, contents_of(fleet, len(planned)))).devices
     ranks = fleet.ranks()
     transfers = {}
     if fleet.model is not None:
@@ -42,20 +41,16 @@ def bring_up(fleet: Fleet, planned: Sequence[ReplicaPlan], devices: Sequence[Dev
     return commands
 
 
-def bytes_there(fleet: Fleet, slot: Slot, parallel: Parallel, device: DeviceId, num_heirs: int) -> int:
-    """Weight of the edge slot-device: bytes of weights and KV that need not be fetched (SpotServe, section 3.3).
+def contents_of(fleet: Fleet, num_heirs: int) -> dict[DeviceId, Contents]:
+    """What is on every device that can be reached (SpotServe, section 3.3).
 
-    KV counts when the replica on the device goes, and then in parts, as its sequences are spread over `num_heirs` replicas.
+    KV counts when the replica that has it goes, and then in parts, as its sequences are spread over `num_heirs` replicas.
     """
-    if fleet.model is None:
-        return 0
-    weights = reusable_bytes(fleet.model, fleet.instances[device.instance_id].held.get(device.index, ()), slot, parallel)
-    kv = 0
-    for replica in fleet.on_devices([device]):
+    live: dict[DeviceId, list[tuple[HeldSlot, int]]] = {}
+    for replica in fleet.replicas.values():
         if replica.state is ReplicaState.LOADING:
             continue
-        live = next(each for each, where in replica.devices.items() if where == device)
-        held = HeldSlot(device.index, live, replica.plan.parallel)
         _, _, kv_tokens = fleet.load_of(replica)
-        kv += inheritable_kv_bytes(fleet.model, held, slot, parallel, kv_tokens)
-    return weights + kv // num_heirs
+        for slot, device in replica.devices.items():
+            live.setdefault(device, []).append((HeldSlot(device.index, slot, replica.plan.parallel), kv_tokens // num_heirs))
+    return {device: Contents(tuple(held), tuple(live.get(device, ()))) for device, held in fleet.held().items()}

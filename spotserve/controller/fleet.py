@@ -7,7 +7,7 @@ from spotserve.core.cluster import DeviceId, InstanceState, ReplicaState
 from spotserve.core.messages import Address, Deactivate, HeldSlot
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Slot
-from spotserve.migration.schedule import Destination, InstanceSpeed
+from spotserve.migration.verdicts import Destination, InstanceSpeed
 from spotserve.planner.planner import number_of
 
 LINK_BYTES_PER_S = 200e6

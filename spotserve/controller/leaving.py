@@ -7,7 +7,7 @@ from spotserve.controller.fleet import Fleet, speed_of
 from spotserve.controller.records import Instance, Leaving, Replica
 from spotserve.core.cluster import ReplicaState
 from spotserve.core.messages import Drain, SequenceAction, SequenceOrder
-from spotserve.migration.schedule import Destination, decide, fallback, margin_s, spread
+from spotserve.migration.verdicts import Destination, decide, fallback, margin_s, spread
 
 REPLACED_DRAIN_S = 30.0
 """How long a replica may take to be emptied when no machine goes."""

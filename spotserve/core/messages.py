@@ -201,6 +201,8 @@ class SequenceAction(Enum):
     """Its KV goes to its next owner."""
     RESUME = "resume"
     """Its next owner computes it again from its tokens."""
+    SPLIT = "split"
+    """Its next owner computes the first tokens again while the KV of the others is sent. Given only to workers that can do so."""
 
 
 class SequenceOrder(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -212,6 +214,8 @@ class SequenceOrder(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     destination: Address | None
     """Where its KV goes, if it is moved; None when nobody takes it."""
     reason: str
+    recompute_tokens: int = 0
+    """Of SPLIT: how many of the first tokens are computed again."""
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):

@@ -1,220 +1,132 @@
-"""What becomes of each sequence on a replica that goes away: finish here, move its KV, or be computed again from its tokens.
+"""When each flow of a migration is sent, so that the busiest port is done soon and nothing comes too late.
 
-Generalises the just-in-time arrangement of SpotServe (Miao et al., ASPLOS'24, section 4.1) from one verdict on a batch to one
-on each sequence: the feasible action under which its client waits least. With `usable = deadline - now - margin`:
+Port-exclusive list scheduling: whenever both ports of a flow are free it may begin, the most important first. Importance: what
+only instances that will be taken have, KV of the most advanced sequences, weights of the front stages; among equals the flow
+whose busier port has the most left to do, then the longest. So ports that others wait for never wait themselves, and the end is
+near the bound that no schedule can pass: the load of the busiest port (a bipartite multigraph needs as many rounds as its largest
+degree, König 1916; sizes that differ cost a little).
 
-    FINISH  waits 0                                             feasible if remaining_tokens * step <= usable
-    MOVE    waits kv_bytes / link + uncomputed_tokens / prefill  feasible if sent + kv_bytes / link <= usable, and there is room
-    RESUME  waits (queued + context_tokens) / prefill           always
+Memory: a flow waits until there is room for it (`room`), and less important ones for the same device wait behind it. When nothing
+can go on, they may pass it; then weights that files have too are evicted; then the most important is given up.
 
-`sent` is the time for which the port is taken by moves before this one: one port sends one flow at a time, and a sequence
-that waits for the port goes on decoding. `queued` are the tokens that its destination computes for earlier sequences of this
-drain. Sequences with the most computed tokens choose first, because they have the most to lose.
+Deadlines: no flow ends after the deadline of either of its instances. What would is not sent at all. When that hits a last copy,
+all orders of the last copies are tried (`rescue`), if they are few.
 
-When a replica is replaced while its machines stay, there is no deadline to weigh: its sequences are spread (`spread`).
+Independent parts (`groups`) are scheduled each by itself, so cost does not grow with the whole.
 
-Pure. Does not know how a verdict is carried out; every sequence gets exactly one.
+Pure. Does not know how bytes are sent, or what becomes of what is not.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
-from spotserve.core.messages import Address, SequenceAction, SequenceOrder, SequenceReport
-from spotserve.core.model import ModelSpec
-
-_MARGIN_S = 0.2
-_MARGIN_SHARE = 0.1
-"""Of the time to the deadline; estimates of the past are wrong by about this much (the paper's artifact takes 10 % as well)."""
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceSpeed:
-    """How fast an instance is; 0: not known."""
-
-    step_s: float
-    """One decode step of the whole batch."""
-    prefill_tokens_per_s: float
-    link_bytes_per_s: float
+from spotserve.core.cluster import DeviceId
+from spotserve.migration.flows import Flow, InstanceLinks, Port
+from spotserve.migration.groups import groups
+from spotserve.migration.rescue import Job, rescue
+from spotserve.migration.room import Leaving, Memory
+from spotserve.migration.timing import Run, Timed
 
 
 @dataclass(frozen=True, slots=True)
-class Destination:
-    """A replica that can take sequences over."""
+class Schedule:
+    """A migration in time."""
 
-    replica_id: str
-    instance_id: str
-    address: Address
-    free_sequences: int
-    """Sequences it can take and run at once; negative when some already wait there."""
-    speed: InstanceSpeed
-    context_tokens: int = 0
-    """Of the sequences that it has."""
-
-
-@dataclass(slots=True)
-class _Share:
-    """What this drain has given to a destination so far."""
-
-    destination: Destination
-    num_given: int = 0
-    queued_tokens: int = 0
-
-    @property
-    def room(self) -> int:
-        return self.destination.free_sequences - self.num_given
-
-    def compute_s(self, tokens: int) -> float | None:
-        """Until `tokens` are computed here, behind those that already wait; None: not known."""
-        speed = self.destination.speed.prefill_tokens_per_s
-        return (self.queued_tokens + tokens) / speed if speed > 0 else None
+    timed: tuple[Timed, ...]
+    """What is sent, by when it starts."""
+    late: tuple[Flow, ...]
+    """Would end after a deadline: sequences resume from tokens, weights are read from files."""
+    from_files: tuple[Flow, ...]
+    """Weights whose source was evicted: their devices read them from files."""
+    without_room: tuple[Flow, ...]
+    """There is no memory for them."""
+    evicted: tuple[Leaving, ...]
+    makespan_s: float
+    """From now until the last flow has ended."""
+    lower_bound_s: float
+    """For which the busiest port has to work, whatever the order of `timed`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Transfer:
-    num_bytes: int
-    seconds: float
-
-
-def decide(
-    sequences: Sequence[SequenceReport],
+def schedule(
+    flows: Sequence[Flow],
     *,
+    links: Mapping[str, InstanceLinks],
     now_s: float,
-    deadline_s: float,
-    source: InstanceSpeed,
-    destinations: Sequence[Destination],
-    model: ModelSpec,
-) -> tuple[SequenceOrder, ...]:
-    """One order per sequence, in the order in which they are to be carried out: moves leave in this order.
+    deadlines_s: Mapping[str, float] | None = None,
+    memory: Memory | None = None,
+) -> Schedule:
+    """Times for `flows`, all different.
 
-    `destinations` must not contain the replica that goes away. Without destinations what cannot finish is to RESUME with no
-    suggestion where.
+    Args:
+        flows: in any order; it does not matter.
+        links: of every instance that is an end of a flow.
+        now_s: nothing starts before.
+        deadlines_s: by instance, when it is taken; one without an entry stays.
+        memory: the bound on what arrives; None: there is none.
     """
-    left_s = deadline_s - now_s
-    usable_s = left_s - margin_s(left_s)
-    shares = [_Share(destination) for destination in sorted(destinations, key=lambda each: each.replica_id)]
-    sent_s = 0.0
-    orders: list[SequenceOrder] = []
-    for sequence in sorted(sequences, key=lambda each: (-each.computed_tokens, each.request_id)):
-        finish_s = sequence.remaining_tokens * source.step_s
-        if source.step_s > 0 and finish_s <= usable_s:
-            reason = f"finish {sequence.remaining_tokens} tokens in {_time(finish_s)}; deadline in {_time(left_s)}"
-            orders.append(_order(sequence, SequenceAction.FINISH, None, reason))
-            continue
-        share = max(shares, key=lambda each: each.room, default=None)
-        if share is None:
-            orders.append(_order(sequence, SequenceAction.RESUME, None, f"nowhere to go; deadline in {_time(left_s)}"))
-            continue
-        transfer = _transfer(sequence, source, share.destination, model)
-        refusal = _refusal(sequence, transfer, share, sent_s=sent_s, usable_s=usable_s)
-        recompute = _recompute(sequence, share)
-        share.num_given += 1
-        if transfer is not None and refusal is None:
-            sent_s += transfer.seconds
-            share.queued_tokens += sequence.context_tokens - sequence.computed_tokens
-            reason = f"move {_size(transfer.num_bytes)} in {_time(transfer.seconds)} < {recompute}; deadline in {_time(left_s)}"
-            orders.append(_order(sequence, SequenceAction.MOVE, share.destination, reason))
-        else:
-            share.queued_tokens += sequence.context_tokens
-            reason = f"{recompute}: {refusal}; deadline in {_time(left_s)}"
-            orders.append(_order(sequence, SequenceAction.RESUME, share.destination, reason))
-    return tuple(orders)
-
-
-def spread(sequences: Sequence[SequenceReport], destinations: Sequence[Destination]) -> tuple[SequenceOrder, ...]:
-    """One order per sequence of replicas whose place others take, longest context first: a step of a destination reads all of
-    its KV, so contexts are divided as evenly as their room allows (longest processing time first: Graham, 1969).
-
-    What has KV is moved, the rest is computed where it goes. Beyond the room of all destinations sequences are computed again
-    where they will be next.
-    """
-    free = {each.replica_id: each.free_sequences for each in destinations}
-    tokens = {each.replica_id: each.context_tokens for each in destinations}
-    orders = []
-    for sequence in sorted(sequences, key=lambda each: (-each.context_tokens, each.request_id)):
-        chosen = min(
-            destinations,
-            key=lambda each: (free[each.replica_id] <= 0, tokens[each.replica_id], each.replica_id),
-            default=None,
+    assert len(set(flows)) == len(flows), "the same bytes twice"
+    memory, deadlines_s = memory or Memory(), deadlines_s or {}
+    ordered = sorted(flows, key=lambda flow: (flow.source, flow.destination, flow.what, flow.num_bytes))
+    seconds = {flow: flow.seconds(links) for flow in ordered}
+    ends = {flow: min(deadlines_s.get(end.instance_id, inf) for end in (flow.source, flow.destination)) for flow in ordered}
+    there: dict[DeviceId, list[Leaving]] = {}
+    for leaving in memory.leaving:
+        there.setdefault(leaving.device, []).append(leaving)
+    runs = []
+    for part in _parts(ordered, memory):
+        devices = {flow.destination for flow in part}
+        bound = Memory(
+            {device: memory.free_bytes[device] for device in devices if device in memory.free_bytes},
+            tuple(each for device in sorted(devices) for each in there.get(device, ())),
         )
-        if chosen is None:
-            orders.append(_order(sequence, SequenceAction.RESUME, None, "its replica is replaced: nowhere to go"))
-            continue
-        if sequence.computed_tokens == 0:
-            action, reason = SequenceAction.RESUME, "no KV to move"
-        elif free[chosen.replica_id] <= 0:
-            action, reason = SequenceAction.RESUME, f"{chosen.replica_id} has no room for its KV"
-        else:
-            action, reason = SequenceAction.MOVE, f"move {sequence.computed_tokens} tokens of KV"
-        free[chosen.replica_id] -= 1
-        tokens[chosen.replica_id] += sequence.context_tokens
-        orders.append(_order(sequence, action, chosen, f"its replica is replaced: {reason}"))
-    return tuple(orders)
+        runs.append(_best_run(part, seconds, ends, now_s, bound))
+    return _joined(runs, seconds, now_s)
 
 
-def fallback(destinations: Sequence[Destination], action: SequenceAction = SequenceAction.RESUME) -> SequenceOrder:
-    """The verdict on sequences that nobody had reported when the others were decided: `action`, where there is most room."""
-    freest = max(sorted(destinations, key=lambda each: each.replica_id), key=lambda each: each.free_sequences, default=None)
-    return SequenceOrder(
-        request_id="",
-        action=SequenceAction.RESUME if freest is None else action,
-        destination_replica_id=None if freest is None else freest.replica_id,
-        destination=None if freest is None else freest.address,
-        reason="not known when the drain was decided",
+def _parts(flows: Sequence[Flow], memory: Memory) -> list[list[Flow]]:
+    """Flows in groups that share no port and no bounded memory."""
+    keys: dict[Flow, list[Hashable]] = {flow: [*flow.ports] for flow in flows}
+    for flow in flows:
+        if flow.destination in memory.free_bytes:
+            keys[flow].append(flow.destination)
+    for leaving in memory.leaving:
+        if leaving.device in memory.free_bytes:
+            for flow in leaving.readers & keys.keys():
+                keys[flow].append(leaving.device)
+    return [[flows[index] for index in part] for part in groups([keys[flow] for flow in flows])]
+
+
+def _best_run(
+    flows: Sequence[Flow], seconds: Mapping[Flow, float], ends: Mapping[Flow, float], now_s: float, memory: Memory
+) -> Run:
+    """One independent part, with all its last copies in time if any order can do it."""
+    run = Run(flows, seconds, ends, now_s, memory, {})
+    if not any(flow.is_last_copy for flow in run.late):
+        return run
+    last = [flow for flow in flows if flow.is_last_copy and now_s + seconds[flow] <= ends[flow]]
+    arriving: Counter[DeviceId] = Counter()
+    for flow in last:
+        arriving[flow.destination] += flow.num_bytes
+    if any(num_bytes > memory.free_bytes.get(device, num_bytes) for device, num_bytes in arriving.items()):
+        return run
+    starts = rescue([Job(flow.ports, seconds[flow], ends[flow]) for flow in last], now_s)
+    return run if starts is None else Run(flows, seconds, ends, now_s, memory, dict(zip(last, starts, strict=True)))
+
+
+def _joined(runs: Sequence[Run], seconds: Mapping[Flow, float], now_s: float) -> Schedule:
+    timed = sorted((each for run in runs for each in run.timed), key=lambda each: (each.start_s, each.flow.what, each.flow.ports))
+    load_s: dict[Port, float] = {}
+    for each in timed:
+        for port in each.flow.ports:
+            load_s[port] = load_s.get(port, 0.0) + seconds[each.flow]
+    return Schedule(
+        timed=tuple(timed),
+        late=tuple(flow for run in runs for flow in run.late),
+        from_files=tuple(flow for run in runs for flow in run.from_files),
+        without_room=tuple(flow for run in runs for flow in run.without_room),
+        evicted=tuple(each for run in runs for each in run.evicted),
+        makespan_s=max((each.end_s for each in timed), default=now_s) - now_s,
+        lower_bound_s=max(load_s.values(), default=0.0),
     )
-
-
-def margin_s(left_s: float) -> float:
-    """How long before a deadline that is `left_s` away everything has to be done, because estimates are wrong."""
-    return max(_MARGIN_S, _MARGIN_SHARE * left_s)
-
-
-def _transfer(sequence: SequenceReport, source: InstanceSpeed, destination: Destination, model: ModelSpec) -> _Transfer | None:
-    """Sending the KV of `sequence`; None: there is none, or the speed of the link is not known."""
-    link_bytes_per_s = min(source.link_bytes_per_s, destination.speed.link_bytes_per_s)
-    if sequence.computed_tokens == 0 or link_bytes_per_s <= 0:
-        return None
-    num_bytes = sequence.computed_tokens * model.kv_bytes_per_token
-    return _Transfer(num_bytes, num_bytes / link_bytes_per_s)
-
-
-def _refusal(sequence: SequenceReport, transfer: _Transfer | None, share: _Share, *, sent_s: float, usable_s: float) -> str | None:
-    """Why `sequence` is not moved; None: moving is feasible and its client waits less."""
-    if transfer is None:
-        return "no KV to move" if sequence.computed_tokens == 0 else "speed of the link not known"
-    if share.room <= 0:
-        return f"{share.destination.replica_id} has no room for its KV"
-    if sent_s + transfer.seconds > usable_s:
-        return f"moving {_size(transfer.num_bytes)} would end in {_time(sent_s + transfer.seconds)}"
-    resume_s = share.compute_s(sequence.context_tokens)
-    rest_s = share.compute_s(sequence.context_tokens - sequence.computed_tokens)
-    if resume_s is not None and rest_s is not None and transfer.seconds + rest_s >= resume_s:
-        return f"moving {_size(transfer.num_bytes)} takes {_time(transfer.seconds)}"
-    return None
-
-
-def _recompute(sequence: SequenceReport, share: _Share) -> str:
-    seconds = share.compute_s(sequence.context_tokens)
-    return f"recompute {sequence.context_tokens} tokens" + ("" if seconds is None else f" in {_time(seconds)}")
-
-
-def _order(sequence: SequenceReport, action: SequenceAction, destination: Destination | None, reason: str) -> SequenceOrder:
-    return SequenceOrder(
-        request_id=sequence.request_id,
-        action=action,
-        destination_replica_id=None if destination is None else destination.replica_id,
-        destination=destination.address if destination is not None and action is SequenceAction.MOVE else None,
-        reason=reason,
-    )
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f} ms" if abs(seconds) < 1 else f"{seconds:.1f} s"
-
-
-def _size(num_bytes: int) -> str:
-    size, unit = float(num_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{num_bytes} B" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,8 +1,9 @@
 """Where missing weights come from, against sets of single units: every byte that somebody has is taken once, and no other."""
 
+import itertools
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from migration_scene import MODEL, fitting_shapes, has, size_of
 
@@ -21,7 +22,7 @@ def rank(device: DeviceId) -> Address:
 
 
 def transfers_of(
-    wanted: dict[DeviceId, Shape], fleet: dict[DeviceId, list[Shape]], reachable: set[DeviceId] | None = None
+    wanted: dict[DeviceId, Shape], fleet: dict[DeviceId, list[Shape]], reachable: set[DeviceId] | None = None, **more
 ) -> dict[DeviceId, tuple[WeightTransfer, ...]]:
     return weight_transfers(
         MODEL,
@@ -37,6 +38,7 @@ def transfers_of(
             for device, shapes in fleet.items()
         },
         {device: rank(device) for device in (fleet if reachable is None else reachable)},
+        **more,
     )
 
 
@@ -92,3 +94,60 @@ def test_two_shards_give_what_a_whole_layer_needs() -> None:
     (one, other) = made[DeviceId("i-2", 0)]
     assert (one.layer, other.layer) == (2, 2)
     assert one.num_bytes == 40 + 7 + 12 + 5 and other.num_bytes == 40 + 7 + 12, "what both have is taken from one"
+
+
+@given(st.dictionaries(devices, fitting_shapes, min_size=1, max_size=4), fleets, st.sets(st.sampled_from(["i-1", "i-2", "i-3"])))
+def test_what_only_dying_instances_have_comes_first(wanted, fleet, dying) -> None:
+    made = transfers_of(wanted, fleet, dying=dying)
+    memory = {device: set().union(*(has(*shape) for shape in shapes)) for device, shapes in fleet.items()}
+    for device, shape in wanted.items():
+        missing = has(*shape) - memory.get(device, set())
+        staying = set().union(*(memory[each] for each in memory if each != device and each.instance_id not in dying))
+        leaving = set().union(*(memory[each] for each in memory if each != device and each.instance_id in dying))
+        at_risk = {unit[0] for unit in (missing & leaving) - staying}
+        order = [(transfer.layer not in at_risk, transfer.layer) for transfer in made[device]]
+        assert order == sorted(order)
+
+
+def network_load(made: dict[DeviceId, tuple[WeightTransfer, ...]]) -> int:
+    """What the busiest instance sends over the network."""
+    sent: Counter[str] = Counter()
+    for device, transfers in made.items():
+        for transfer in transfers:
+            sent[transfer.source.instance_id] += transfer.num_bytes * (transfer.source.instance_id != device.instance_id)
+    return max(sent.values(), default=0)
+
+
+@settings(max_examples=60)
+@given(
+    st.sets(st.sampled_from(range(4)), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=6),
+)
+def test_the_busiest_sender_is_near_the_best_of_all_choices(receivers, senders) -> None:
+    """Copies that overlap in all sorts of ways; layers are what is dealt out, so one layer is as near as dealing can get."""
+    wanted: dict[DeviceId, Shape] = {DeviceId(f"n-{index}", 0): (1, 1, 0, 0) for index in receivers}
+    fleet = {DeviceId(f"i-{index}", 0): [(pipeline, 1, stage % pipeline, 0)] for index, (pipeline, stage) in enumerate(senders)}
+    layers = {device: {unit[0] for unit in has(*shapes[0])} for device, shapes in fleet.items()}
+    sizes = {layer: size_of({unit for unit in has(1, 1, 0, 0) if unit[0] == layer}) for layer in range(-1, 6)}
+    # any set of layers has to be sent by those who have one of them: the mean over these is a bound (a fractional optimum)
+    bound = max(
+        len(receivers)
+        * sum(
+            size for layer, size in sizes.items() if (holders := {d for d in fleet if layer in layers[d]}) and holders <= set(some)
+        )
+        / len(some)
+        for number in range(1, len(fleet) + 1)
+        for some in itertools.combinations(sorted(fleet), number)
+    )
+    assert bound - 1e-6 <= network_load(transfers_of(wanted, fleet)) <= bound + max(sizes.values())
+
+
+def test_a_slow_sender_gives_less() -> None:
+    whole: Shape = (1, 1, 0, 0)
+    slow, fast = DeviceId("i-1", 0), DeviceId("i-2", 0)
+    speeds = {"i-1": 1.0, "i-2": 3.0, "n-1": 9.0}
+    made = transfers_of({DeviceId("n-1", 0): whole}, {slow: [whole], fast: [whole]}, network_bytes_per_s=speeds)
+    given_bytes: Counter[DeviceId] = Counter()
+    for transfer in made[DeviceId("n-1", 0)]:
+        given_bytes[transfer.source] += transfer.num_bytes
+    assert given_bytes[fast] > 2 * given_bytes[slow] > 0

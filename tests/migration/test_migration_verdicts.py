@@ -9,7 +9,7 @@ from model_specs import small_spec
 
 from spotserve.core.messages import Address, SequenceAction, SequenceOrder, SequenceReport
 from spotserve.core.model import Portion
-from spotserve.migration.schedule import Destination, InstanceSpeed, decide, fallback, margin_s, spread
+from spotserve.migration.verdicts import Destination, InstanceSpeed, decide, fallback, margin_s, spread
 
 MODEL = small_spec(
     name="m",
