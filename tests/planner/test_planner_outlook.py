@@ -105,6 +105,14 @@ def test_a_large_fleet_is_expected_to_lose_what_independent_hits_say() -> None:
     assert liveput == pytest.approx(400 * exp(-2 * 0.3 / 6), rel=0.005)
 
 
+@settings(max_examples=30)
+@given(fleets())
+def test_hits_add_up_over_cells(fleet: tuple[list[Cell], Replicas]) -> None:
+    cells, replicas = fleet
+    expected = [sum(cell.hits_per_hour(len(set(ids) & set(cell.instance_ids))) for cell in cells) for ids, _ in replicas]
+    assert list(Exposure(replicas, Victims(cells, 300.0)).hits_per_hour()) == pytest.approx(expected)
+
+
 def test_nothing_is_at_risk() -> None:
     assert Exposure([(("i",), 2.0)], Victims([], 60.0)).served(5.0, 0.5) == 1.5
     assert Exposure([], Victims(cells_of(3), 60.0)).served(5.0) == 0.0
