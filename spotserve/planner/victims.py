@@ -240,11 +240,11 @@ def _drawn(size: int, numbers: Ints, cell: int) -> Bools:
     return mask[:, :size]
 
 
-@lru_cache(maxsize=64)
-def _shuffles(size: int, cell: int) -> Ints:
+@lru_cache(maxsize=32)
+def _shuffles(size: int, cell: int) -> npt.NDArray[np.int32]:
     """For each scenario the numbers below `size` in a fixed random order; another one for each cell. [S, size]"""
     keys = np.arange(_SAMPLES * size, dtype=np.uint64) + np.uint64((cell + 1) << 40)
     keys = (keys + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64 (Steele, Lea and Flood, OOPSLA'14)
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort((keys ^ (keys >> np.uint64(31))).reshape(_SAMPLES, size), axis=1)
+    return np.argsort((keys ^ (keys >> np.uint64(31))).reshape(_SAMPLES, size), axis=1).astype(np.int32)
