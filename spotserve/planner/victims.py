@@ -67,13 +67,14 @@ class Victims:
         if len(self.index) <= _ENUMERATED:
             self.scenarios = self._all()
         else:
-            many = _at_least(self._taken)[0, 3]
-            if many < 1 - _RARE:
-                self._weigh_few()
-            self.scenarios = self._sampled(least=3 if many < 1 - _RARE else 0)
+            none, many = prod(float(shares[0]) for shares in self._taken), _at_least(self._taken)[0, 3]
+            is_few_likely = none > 0 and many < 1 - _RARE
+            if is_few_likely:
+                self._weigh_few(none)
+            self.scenarios = self._sampled(least=3 if is_few_likely else 0)
 
-    def _weigh_few(self) -> None:
-        self.none = prod(float(shares[0]) for shares in self._taken)
+    def _weigh_few(self, none: float) -> None:
+        self.none = none
         one = np.array([shares[1] / shares[0] for shares in self._taken])
         two = np.array([shares[2] / shares[0] if len(shares) > 2 else 0.0 for shares in self._taken])
         self.single = self.none * one / self._sizes
