@@ -12,8 +12,9 @@ is paid for from when it was asked for until it is gone. Nobody knows the trace;
 * cost: of what on-demand instances for the wanted number would have cost
 
 Policies: `hedge` as it comes; `spot only` is `hedge` without spares and stand-ins that asks again at every step; `on demand only`;
-`SkyServe` is the rules of its paper as we read them, not its code: a fixed number of spares (1), an on-demand instance for every
-spot one of the wanted number that is not ready, zones without a recent preemption or refusal (5 min) first, asked at every step.
+`SkyServe` is the rules of its paper as we read them, not its code: a fixed number of spares (1 and 2), an on-demand instance for
+every spot one of the wanted number that is not ready, zones without a preemption or refusal in the last 5 min first, asked at
+every step.
 
 Limits: three of the traces were recorded on different days and are laid side by side as zones of one type, so that nothing happens
 in two of them at once. That flatters spreading. Counts are also bounded by what their collectors asked for, and lag behind what
@@ -139,7 +140,7 @@ def hedging(wanted: int, policy: HedgePolicy, exposed_s: float) -> Step:
     return step
 
 
-def skyserve(wanted: int, spares: int = 1) -> Step:
+def skyserve(wanted: int, spares: int) -> Step:
     """SkyServe's rules as its paper tells them; see the module."""
 
     def step(market: Market, now_s: float) -> tuple[Sequence[LaunchWish], Sequence[TerminationWish]]:
@@ -193,7 +194,8 @@ def compare(folder_series: Sequence[Series], start_up_s: float, grace_s: float) 
             "hedge": lambda wanted=wanted: hedging(wanted, most, exposed_s),
             "spot only": lambda wanted=wanted: hedging(wanted, alone, exposed_s),
             "on demand only": lambda wanted=wanted: hedging(wanted, replace(most, on_demand_floor=wanted), exposed_s),
-            "SkyServe": lambda wanted=wanted: skyserve(wanted),
+            "SkyServe, 1": lambda wanted=wanted: skyserve(wanted, 1),
+            "SkyServe, 2": lambda wanted=wanted: skyserve(wanted, 2),
         }
         results += [
             run(name, Market(zones, start_up_s=start_up_s, grace_s=grace_s), wanted, policy, make())

@@ -17,14 +17,17 @@ trades at least). SpotServe (ASPLOS'24) changes at every event and weighs neithe
 Pure. Knows no search, no migration, no shapes: only who serves on which instances, how much, and from when.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from functools import lru_cache
 from math import exp
+from typing import TypeAlias
+
+import numpy as np
 
 from spotserve.planner.risk import Cell, Risk
 from spotserve.planner.victims import Exposure, Victims
+
+_Replica: TypeAlias = tuple[tuple[str, ...], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Footprint:
     """Requests per second that it serves within the objective."""
 
     def __post_init__(self) -> None:
-        assert self.instance_ids and self.rate_rps >= 0
+        assert self.instance_ids and len(set(self.instance_ids)) == len(self.instance_ids) and self.rate_rps >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,23 +120,25 @@ def weigh(
     """
     current = next(option for option in options if option.name == stay)
     assert len({option.name for option in options}) == len(options) and current.change_s == 0
-    assert demand_rps >= 0 and recover_s >= 0 and request_usd > 0 and longest_horizon_s > 0 and margin >= 0
-    cells = _touched(options, risk)
-    victims = Victims(cells, recover_s)
-    running = Exposure(_replicas(current), victims)
+    assert horizon_s is None or horizon_s > 0
+    assert demand_rps >= 0 and recover_s >= 0 and min(request_usd, longest_horizon_s) > 0 and margin >= 0
+    victims = Victims(_touched(options, risk), recover_s)
+    kept = set(_replicas(current))
+    exposures = [Exposure(_replicas(option), victims) for option in options]
+    running = exposures[options.index(current)]
     running_rps = {missing: running.served(demand_rps, missing) for missing in {0.0, *(option.lost_rps for option in options)}}
     worths = []
-    for option in options:
-        liveput = running_rps[0.0] if option is current else Exposure(_replicas(option), victims).served(demand_rps)
+    for option, exposure in zip(options, exposures, strict=True):
+        liveput = running_rps[0.0] if exposure is running else exposure.served(demand_rps)
         meanwhile = min(liveput, running_rps[option.lost_rps]) if option.change_s > 0 else liveput
-        life_s = _life_s(option, current, cells, longest_horizon_s) if horizon_s is None else horizon_s
+        life_s = _life_s(option, exposure, kept, longest_horizon_s) if horizon_s is None else horizon_s
         served = meanwhile + exp(-option.change_s / life_s) * (liveput - meanwhile)
         price = option.usd_per_hour / 3600 / request_usd
         worths.append(Worth(option.name, served - price, liveput, meanwhile, life_s, price))
     return _choose(options, tuple(worths), current, demand_rps, margin)
 
 
-def _replicas(option: Option) -> list[tuple[tuple[str, ...], float]]:
+def _replicas(option: Option) -> list[_Replica]:
     return [(replica.instance_ids, replica.rate_rps) for replica in option.replicas]
 
 
@@ -143,18 +148,13 @@ def _touched(options: Sequence[Option], risk: Risk) -> list[Cell]:
     return [cell for cell in risk.cells if not used.isdisjoint(cell.instance_ids)]
 
 
-def _life_s(option: Option, current: Option, cells: Sequence[Cell], longest_s: float) -> float:
-    """Expected time until what `option` adds is hit, weighted by capacity, at most `longest_s`."""
-    kept = set(current.replicas)
-    added = [replica for replica in option.replicas if replica not in kept and replica.rate_rps > 0]
-    cell_of = {instance_id: at for at, cell in enumerate(cells) for instance_id in cell.instance_ids} if added else {}
-    hits_per_hour = lru_cache(lambda at, count: cells[at].hits_per_hour(count))
-    hits = 0.0
-    for replica in added:
-        exposed = Counter(cell_of[each] for each in set(replica.instance_ids) if each in cell_of)
-        hits += replica.rate_rps * sum(hits_per_hour(at, count) for at, count in exposed.items())
-    added_rps = sum(replica.rate_rps for replica in added)
-    return min(longest_s, 3600 * added_rps / hits) if hits > 0 else longest_s
+def _life_s(option: Option, exposure: Exposure, kept: Set[_Replica], longest_s: float) -> float:
+    """Expected time until what `option` adds to those `kept` is hit, weighted by capacity, at most `longest_s`."""
+    added_rps = np.array([0.0 if each in kept else each[1] for each in _replicas(option)])
+    if not added_rps.any():
+        return longest_s
+    hits = float(added_rps @ exposure.hits_per_hour())
+    return min(longest_s, 3600 * float(added_rps.sum()) / hits) if hits > 0 else longest_s
 
 
 def _choose(options: Sequence[Option], worths: tuple[Worth, ...], current: Option, demand_rps: float, margin: float) -> Choice:

@@ -29,7 +29,8 @@ _ENUMERATED = 10
 """Up to so many instances every set of victims is listed."""
 _SAMPLES = 256
 """Scenarios of three victims and more, beyond that."""
-_NEGLIGIBLE = 1e-12
+_RARE = 0.01
+"""Where up to two victims are rarer than this, they are sampled like all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +52,29 @@ class Victims:
     """Whom `cells` lose while `seconds` pass: each cell on its own, the victims of a cell drawn evenly among its instances."""
 
     def __init__(self, cells: Sequence[Cell], seconds: float) -> None:
+        self.cells = cells
         self.index = {each: at for at, each in enumerate(each for cell in cells for each in cell.instance_ids)}
         self.cell_of: Ints = np.repeat(np.arange(len(cells)), [len(cell.instance_ids) for cell in cells])
         self._sizes: Ints = np.array([len(cell.instance_ids) for cell in cells], dtype=np.int64)
         hours = seconds / 3600
         self._taken = [taken(cell.instants_per_hour * hours, cell.sizes, len(cell.instance_ids)) for cell in cells]
-        self.none = prod(float(shares[0]) for shares in self._taken)
-        """Probability that nobody is lost."""
+        self.none = 0.0
+        """Probability that nobody is lost; this and the next two are 0 where such sets are among `scenarios`."""
         self.single: Floats = np.zeros(len(cells))
         """Probability that a given instance is the only victim, by cell."""
         self.pair: Floats = np.zeros((len(cells), len(cells)))
         """Probability that two given instances are the only victims, by their cells."""
         if len(self.index) <= _ENUMERATED:
             self.scenarios = self._all()
-            self.none = 0.0  # listed as well
         else:
-            self._weigh_few()
-            self.scenarios = self._sampled()
+            none, many = prod(float(shares[0]) for shares in self._taken), _at_least(self._taken)[0, 3]
+            is_few_likely = none > 0 and many < 1 - _RARE
+            if is_few_likely:
+                self._weigh_few(none)
+            self.scenarios = self._sampled(least=3 if is_few_likely else 0)
 
-    def _weigh_few(self) -> None:
-        if self.none < _NEGLIGIBLE:
-            self.none = 0.0
-            return
+    def _weigh_few(self, none: float) -> None:
+        self.none = none
         one = np.array([shares[1] / shares[0] for shares in self._taken])
         two = np.array([shares[2] / shares[0] if len(shares) > 2 else 0.0 for shares in self._taken])
         self.single = self.none * one / self._sizes
@@ -87,38 +89,37 @@ class Victims:
             weights *= each[masks[:, self.cell_of == at].sum(axis=1)]
         return Scenarios.of(weights, masks)
 
-    def _sampled(self) -> Scenarios:
-        """Three victims and more: numbers by cell at even steps through their distribution, victims by fixed shuffles."""
-        numbers, many = _numbers(self._taken)
-        if many <= _NEGLIGIBLE:
-            return Scenarios.of(np.zeros(0), np.zeros((0, len(self.index)), dtype=np.bool_))
+    def _sampled(self, least: int) -> Scenarios:
+        """`least` victims and more: numbers by cell at even steps through their distribution, victims by fixed shuffles."""
+        numbers, share = _numbers(self._taken, least)
         masks = [_drawn(int(size), numbers[:, at], at) for at, size in enumerate(self._sizes)]
-        return Scenarios.of(np.full(_SAMPLES, many / _SAMPLES), np.concatenate(masks, axis=1))
+        return Scenarios.of(np.full(_SAMPLES, share / _SAMPLES), np.concatenate(masks, axis=1))
 
 
 class Exposure:
     """What one plan stands to lose: its capacity over the sets of `victims`.
 
     Args:
-        replicas: (instances, capacity) of each replica; a replica serves while it has all of its instances. Instances that are
-            in no cell are never lost.
+        replicas: (instances, capacity) of each replica; a replica serves while it has all of its instances, which differ.
+            Instances that are in no cell are never lost.
         victims: shared by the plans that are compared.
     """
 
     def __init__(self, replicas: Sequence[tuple[Sequence[str], float]], victims: Victims) -> None:
         self._victims = victims
-        self._capacity = sum(capacity for _, capacity in replicas)
-        lengths, members, capacities = [], [], []
-        for ids, capacity in replicas:
-            exposed = sorted({victims.index[each] for each in ids if each in victims.index})
-            if exposed:
-                lengths.append(len(exposed))
-                capacities.append(capacity)
-                members += exposed
-        self._lengths: Ints = np.array(lengths, dtype=np.int64)
-        self._members: Ints = np.array(members, dtype=np.int64)
-        self._capacities: Floats = np.array(capacities)
-        """Instances of each replica that can be lost: how many, which in one row, and what goes with them."""
+        every: Floats = np.array([capacity for _, capacity in replicas])
+        self._capacity = float(every.sum())
+        self._num_replicas = len(replicas)
+        at = np.array([victims.index.get(each, -1) for ids, _ in replicas for each in ids], dtype=np.int64)
+        owners = np.repeat(np.arange(len(replicas)), [len(ids) for ids, _ in replicas])[at >= 0]
+        at = at[at >= 0]
+        order = np.lexsort((at, owners))
+        self._members: Ints = at[order]
+        self._owners: Ints = owners[order]
+        exposed, lengths = np.unique(self._owners, return_counts=True)
+        self._lengths: Ints = lengths
+        self._capacities: Floats = every[exposed]
+        """Instances of each exposed replica in one row, of which replica each is, how many each has, and what goes with it."""
         self._losses: Floats = np.zeros(len(victims.index))
         np.add.at(self._losses, self._members, np.repeat(self._capacities, self._lengths))
         self._broken = self._scenario_losses()
@@ -147,6 +148,17 @@ class Exposure:
             weight = victims.pair[victims.cell_of[first], victims.cell_of[second]]
             value += float(weight @ (left(added - shared) - left(added)))
         return value
+
+    def hits_per_hour(self) -> Floats:
+        """Expected loss instants per hour that hit each replica, in the order in which they were given."""
+        victims = self._victims
+        num_cells = max(1, len(victims.cells))
+        keys, counts = np.unique(self._owners * num_cells + victims.cell_of[self._members], return_counts=True)
+        pairs = list(zip((keys % num_cells).tolist(), counts.tolist(), strict=True))
+        rates = {pair: victims.cells[pair[0]].hits_per_hour(pair[1]) for pair in set(pairs)}
+        hits: Floats = np.zeros(self._num_replicas)
+        np.add.at(hits, keys // num_cells, np.array([rates[pair] for pair in pairs]))
+        return hits
 
     def _scenario_losses(self) -> Floats:
         """Capacity lost in each listed scenario. [S]"""
@@ -181,29 +193,34 @@ class Exposure:
         return pairs // size, pairs % size, capacities
 
 
-def _numbers(shares: Sequence[Floats]) -> tuple[Ints, float]:
-    """Numbers of victims by cell, given that there are three or more in all, and how likely that is. [S, cells]"""
-    at_least = np.zeros((len(shares) + 1, 4))  # [cell, n]: probability that this cell and those after it lose n or more
-    at_least[:, 0] = 1.0
-    tails = [np.array([each[count:].sum() for count in range(4)]) for each in shares]
+def _at_least(shares: Sequence[Floats]) -> Floats:
+    """[cell, n]: probability that this cell and those after it lose n or more together, n from 0 to 3."""
+    found = np.zeros((len(shares) + 1, 4))
+    found[:, 0] = 1.0
     for cell in range(len(shares) - 1, -1, -1):
-        for wanted in range(1, 4):
-            fewer = (shares[cell][count] * at_least[cell + 1, wanted - count] for count in range(min(wanted, len(shares[cell]))))
-            at_least[cell, wanted] = sum(fewer) + tails[cell][wanted]
+        mine = shares[cell]
+        for least in range(1, 4):
+            fewer = sum(mine[count] * found[cell + 1, least - count] for count in range(min(least, len(mine))))
+            found[cell, least] = fewer + mine[least:].sum()
+    return found
+
+
+def _numbers(shares: Sequence[Floats], least: int) -> tuple[Ints, float]:
+    """Numbers of victims by cell, given that there are `least` or more in all, and how likely that is. [S, cells]"""
+    at_least = _at_least(shares)
     numbers = np.zeros((_SAMPLES, len(shares)), dtype=np.int64)
-    missing = np.full(_SAMPLES, 3)
+    missing = np.full(_SAMPLES, least)
     steps = np.arange(_SAMPLES)
-    for cell, each in enumerate(shares):
+    for cell, mine in enumerate(shares):
         at = (0.5 + steps) / _SAMPLES if cell == 0 else np.modf(0.5 + steps * np.sqrt(_prime(cell)))[0]
-        for wanted in range(4):
-            chosen = missing == wanted
-            rest = at_least[cell + 1][np.maximum(0, wanted - np.arange(len(each)))]
-            cumulative = np.cumsum(each * rest)
+        for left in range(least + 1):
+            chosen = missing == left
+            cumulative = np.cumsum(mine * at_least[cell + 1][np.maximum(0, left - np.arange(len(mine)))])
             if chosen.any() and cumulative[-1] > 0:
                 found = np.searchsorted(cumulative, at[chosen] * cumulative[-1], side="right")
-                numbers[chosen, cell] = np.minimum(found, len(each) - 1)
+                numbers[chosen, cell] = np.minimum(found, len(mine) - 1)
         missing = np.maximum(0, missing - numbers[:, cell])
-    return numbers, float(at_least[0, 3])
+    return numbers, float(at_least[0, least])
 
 
 def _prime(number: int) -> int:
@@ -224,11 +241,11 @@ def _drawn(size: int, numbers: Ints, cell: int) -> Bools:
     return mask[:, :size]
 
 
-@lru_cache(maxsize=64)
-def _shuffles(size: int, cell: int) -> Ints:
+@lru_cache(maxsize=32)
+def _shuffles(size: int, cell: int) -> npt.NDArray[np.int32]:
     """For each scenario the numbers below `size` in a fixed random order; another one for each cell. [S, size]"""
     keys = np.arange(_SAMPLES * size, dtype=np.uint64) + np.uint64((cell + 1) << 40)
     keys = (keys + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64 (Steele, Lea and Flood, OOPSLA'14)
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort((keys ^ (keys >> np.uint64(31))).reshape(_SAMPLES, size), axis=1)
+    return np.argsort((keys ^ (keys >> np.uint64(31))).reshape(_SAMPLES, size), axis=1).astype(np.int32)

@@ -105,6 +105,20 @@ def test_a_large_fleet_is_expected_to_lose_what_independent_hits_say() -> None:
     assert liveput == pytest.approx(400 * exp(-2 * 0.3 / 6), rel=0.005)
 
 
+@settings(max_examples=30)
+@given(fleets())
+def test_hits_add_up_over_cells(fleet: tuple[list[Cell], Replicas]) -> None:
+    cells, replicas = fleet
+    expected = [sum(cell.hits_per_hour(len(set(ids) & set(cell.instance_ids))) for cell in cells) for ids, _ in replicas]
+    assert list(Exposure(replicas, Victims(cells, 300.0)).hits_per_hour()) == pytest.approx(expected)
+
+
+def test_certain_losses_do_not_upset_the_sums() -> None:
+    doomed = [Cell(f"d{at}", (f"d{at}",), 1e6, ((1, 1.0),)) for at in range(12)]
+    replicas: Replicas = [((f"d{at}",), 1.0) for at in range(12)] + [(("a0",), 1.0)]
+    assert Exposure(replicas, Victims([*doomed, *cells_of(3, per_hour=1e-9)], 3600.0)).served(20.0) == pytest.approx(1.0, abs=1e-6)
+
+
 def test_nothing_is_at_risk() -> None:
     assert Exposure([(("i",), 2.0)], Victims([], 60.0)).served(5.0, 0.5) == 1.5
     assert Exposure([], Victims(cells_of(3), 60.0)).served(5.0) == 0.0
@@ -166,6 +180,17 @@ def test_dearer_capacity_that_cannot_be_taken_pays_where_hazard_is_high() -> Non
     safe = option("safe", [(("on-demand",), 10.0)], usd_per_hour=14.0)
     assert choose([now, safe], cells_of(1, per_hour=0.1), recover_s=120.0).option is now
     assert choose([now, safe], cells_of(1, per_hour=6.0), recover_s=120.0).option is safe
+
+
+def test_a_soft_signal_makes_leaving_its_instance_pay() -> None:
+    book = HazardBook()
+    for each in ("a0", "a1", "a2"):
+        book.note_joined(each, "t", "a", 0.0)
+    now, away = option("now", [(("a0",), 10.0)]), option("away", [(("a1",), 10.0)])
+    assert choose([now, away], book.risk(60.0).cells).option is now
+    book.note_soft("a0", 60.0)
+    assert choose([now, away], book.risk(60.0).cells).option is away
+    assert choose([now, away], book.risk(960.0).cells).option is now
 
 
 def test_a_change_must_pay_while_what_it_makes_lives() -> None:
