@@ -112,6 +112,7 @@ def check_memory(made: Schedule, memory: Memory) -> None:
         assert there <= memory.free_bytes[device] + gone
 
 
+@settings(max_examples=60)
 @given(all_flows(), deadlines)
 def test_ports_are_exclusive_and_deadlines_kept(flows, ends) -> None:
     made = schedule(flows, links=LINKS, now_s=NOW_S, deadlines_s=ends)
@@ -129,6 +130,7 @@ def test_memory_never_exceeds_the_bound(data, flows, ends) -> None:
         assert each.destination in memory.free_bytes
 
 
+@settings(max_examples=50)
 @given(st.data(), all_flows(most=8), deadlines, st.randoms())
 def test_the_order_of_flows_does_not_matter(data, flows, ends, random) -> None:
     memory = data.draw(memories(flows))
@@ -137,6 +139,7 @@ def test_the_order_of_flows_does_not_matter(data, flows, ends, random) -> None:
     assert schedule(flows, links=LINKS, now_s=NOW_S, deadlines_s=ends, memory=memory) == made
 
 
+@settings(max_examples=50)
 @given(all_flows(most=10))
 def test_whoever_can_send_does(flows) -> None:
     """Without memory and deadlines no flow waits while both of its ports are free."""
@@ -170,7 +173,7 @@ def can_all_be_in_time(flows: list[Flow], ends) -> bool:
     )
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(
     st.lists(st.tuples(st.sampled_from(INSTANCES[:3]), st.sampled_from(INSTANCES[:3]), st.integers(1, 3)), min_size=2, max_size=4),
     st.lists(st.tuples(st.sampled_from(INSTANCES[:3]), st.sampled_from(INSTANCES[:3]), st.integers(1, 3)), max_size=2),
@@ -211,6 +214,7 @@ def test_groups_are_the_closure_of_sharing(keys) -> None:
     assert [tuple(each) for each in groups(keys)] == expected
 
 
+@settings(max_examples=40)
 @given(all_flows(most=8), all_flows(most=8))
 def test_independent_parts_do_not_know_of_each_other(ours, theirs) -> None:
     def elsewhere(device: DeviceId) -> DeviceId:
@@ -244,9 +248,11 @@ def test_importance() -> None:
 
 
 def test_ports_that_many_wait_for_do_not_wait() -> None:
-    flows = [flow(HERE, THERE, 3, "one"), flow(AWAY, THERE, 2, "other"), flow(AWAY, HERE, 4, "apart")]
+    """The longest first would keep i-4 from sending to i-2 what ends last; by what its ports have left to do it goes at once."""
+    sizes = {("i-4", "i-2"): 4, ("i-3", "i-2"): 2, ("i-3", "i-4"): 5, ("i-1", "i-4"): 5}
+    flows = [flow(DeviceId(source, 0), DeviceId(to, 0), size, f"{source}-{to}") for (source, to), size in sizes.items()]
     made = schedule(flows, links=ALIKE, now_s=NOW_S)
-    assert made.makespan_s == made.lower_bound_s == 6
+    assert made.makespan_s == made.lower_bound_s == 10
 
 
 # --------------------------------------------------------------------------- memory
