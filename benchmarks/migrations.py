@@ -101,7 +101,7 @@ def migration(
     row = {slot: place for place, slot in enumerate(scores.slots)}
     column = {device: place for place, device in enumerate(scores.devices)}
     kept = sum(int(scores.found_bytes[scores.kinds[row[slot]], column[device]]) for slot, device in chosen.items())
-    return Migration(name, tuple(flows), {each: links for each in {*before, *after}}, len(free), kept)
+    return Migration(name, tuple(flows), dict.fromkeys(sorted({*before, *after}), links), len(free), kept)
 
 
 def random_migration(random: Random) -> Migration:

@@ -45,8 +45,8 @@ class Flow:
     """Whether only instances that will be taken have these bytes."""
     rank: tuple[int, int] = (0, 0)
     """Importance among flows that are alike in this; the smallest first."""
-    on_files: bool = False
-    """Whether the bytes can be read from files instead."""
+    request_id: str = ""
+    """Whose KV it is; empty: weights, which files have too."""
 
     def __post_init__(self) -> None:
         assert self.source != self.destination and self.num_bytes > 0
@@ -84,7 +84,6 @@ def weight_flows(model: ModelSpec, transfers: Iterable[Sourced]) -> list[Flow]:
             num_bytes=each.num_bytes,
             is_last_copy=each.is_last_copy,
             rank=(WEIGHTS, each.slot.stage),
-            on_files=True,
         )
         for each in transfers
     ]
@@ -117,6 +116,7 @@ def kv_flows(
                     num_bytes=per_token * tokens,
                     is_last_copy=source.instance_id in dying,
                     rank=(KV, -tokens),
+                    request_id=request_id,
                 )
                 for request_id, tokens in sequences
                 if tokens > 0

@@ -27,7 +27,7 @@ from spotserve.migration.flows import Flow, InstanceLinks, Port
 from spotserve.migration.groups import groups
 from spotserve.migration.rescue import Job, rescue
 from spotserve.migration.room import Leaving, Memory
-from spotserve.migration.timing import Run, Timed
+from spotserve.migration.timing import Evicted, Run, Timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Schedule:
     """Weights whose source was evicted: their devices read them from files."""
     without_room: tuple[Flow, ...]
     """There is no memory for them."""
-    evicted: tuple[Leaving, ...]
+    evicted: tuple[Evicted, ...]
     makespan_s: float
     """From now until the last flow has ended."""
     lower_bound_s: float

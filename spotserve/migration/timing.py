@@ -7,18 +7,14 @@ Does not know where flows come from, or that there are other parts (`schedule`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
-from typing import TypeAlias
 
 from spotserve.core.cluster import DeviceId
 from spotserve.migration.flows import Flow, Port
 from spotserve.migration.room import Leaving, Memory, Room
-
-_Lane: TypeAlias = tuple[Port, Port, DeviceId]
-"""Flows with the same ports to the same device: of equal importance they go one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +24,38 @@ class Timed:
     flow: Flow
     start_s: float
     end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """Bytes that went before all had read them, and when."""
+
+    leaving: Leaving
+    at_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A flow and what is asked of it at every turn."""
+
+    flow: Flow
+    seconds: float
+    ports: tuple[Port, Port]
+    importance: tuple[bool, tuple[int, int]]
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """Flows with the same ports to the same device: of equal importance they go one after the other."""
+
+    number: int
+    ports: tuple[Port, Port]
+    device: DeviceId
+    end_s: float
+    """The deadline of all of them."""
+    longest_s: float = 0.0
+    waiting: list[_Job] = field(default_factory=list)
+    """The most important last."""
 
 
 class Run:
@@ -55,170 +83,170 @@ class Run:
         self.late: list[Flow] = []
         self.from_files: list[Flow] = []
         self.without_room: list[Flow] = []
-        self.evicted: list[Leaving] = []
-        self._seconds, self._ends, self._now_s = seconds, ends, now_s
+        self.evicted: list[Evicted] = []
+        self._now_s = now_s
         self._room = Room(memory, flows)
-        self._lanes: dict[_Lane, list[Flow]] = {}
-        """What has not begun, the most important last."""
+        self._jobs = {flow: _Job(flow, seconds[flow], flow.ports, (not flow.is_last_copy, flow.rank)) for flow in flows}
+        self._lanes: dict[tuple[tuple[Port, Port], DeviceId], _Lane] = {}
         self._at: dict[Port, list[_Lane]] = {}
-        self._into: dict[DeviceId, set[Port]] = {device: set() for device in memory.free_bytes}
+        self._into: dict[DeviceId, set[Port]] = {}
         """The ports through which bytes get to a device."""
         self._left_s: dict[Port, float] = {}
+        """How long each port has to work for what has not begun."""
+        self._num_waiting = 0
         self._busy: set[Port] = set()
+        self._fixed: list[tuple[float, _Job]] = []
+        """What begins at a time of its own, the next one last."""
         self._kept: dict[Port, list[float]] = {}
-        """When flows with fixed times begin, the next one last."""
+        """Its times, by port, the next one last."""
         self._tie = count()
-        self._events: list[tuple[float, int, Flow | None]] = []
-        """Ends of flows; None: something else may have changed."""
+        self._events: list[tuple[float, int, _Job | None]] = []
+        """Ends of flows; None: something else may happen then."""
         self._may_pass = False
-        self._fill([flow for flow in flows if flow not in fixed])
+        """Whether what fits may begin before what is more important and does not."""
+        self._fill([job for flow, job in self._jobs.items() if flow not in fixed], ends)
         self._fix(fixed)
         self._play()
 
     # ------------------------------------------------------------------ before
 
-    def _fill(self, flows: Sequence[Flow]) -> None:
-        for flow in sorted(flows, key=self._importance, reverse=True):
-            lane = (*flow.ports, flow.destination)
-            if lane not in self._lanes:
-                self._lanes[lane] = []
-                self._into.setdefault(flow.destination, set()).add(lane[1])
-                for port in flow.ports:
+    def _fill(self, jobs: Sequence[_Job], ends: Mapping[Flow, float]) -> None:
+        for job in sorted(jobs, key=lambda job: (job.importance, -job.seconds), reverse=True):
+            key = job.ports, job.flow.destination
+            lane = self._lanes.get(key)
+            if lane is None:
+                lane = self._lanes[key] = _Lane(len(self._lanes), *key, ends[job.flow])
+                self._into.setdefault(lane.device, set()).add(lane.ports[1])
+                for port in lane.ports:
                     self._at.setdefault(port, []).append(lane)
-            self._lanes[lane].append(flow)
-            for port in flow.ports:
-                self._left_s[port] = self._left_s.get(port, 0.0) + self._seconds[flow]
-
-    def _importance(self, flow: Flow) -> tuple[bool, tuple[int, int], float, str, int]:
-        return not flow.is_last_copy, flow.rank, -self._seconds[flow], flow.what, flow.num_bytes
+            lane.waiting.append(job)
+            lane.longest_s = max(lane.longest_s, job.seconds)
+            for port in job.ports:
+                self._left_s[port] = self._left_s.get(port, 0.0) + job.seconds
+        self._num_waiting = len(jobs)
 
     def _fix(self, fixed: Mapping[Flow, float]) -> None:
-        """Flows with times of their own: ports and memory are kept for them."""
-        for flow, start_s in sorted(fixed.items(), key=lambda item: -item[1]):
+        """Keeps ports and memory for flows with times of their own."""
+        for flow, start_s in sorted(fixed.items(), key=lambda item: item[1], reverse=True):
+            self._fixed.append((start_s, self._jobs[flow]))
             self._room.take(flow)
             for port in flow.ports:
                 self._kept.setdefault(port, []).append(start_s)
             heappush(self._events, (start_s, next(self._tie), None))
-        self._fixed = dict(fixed)
 
     # ------------------------------------------------------------------ playing
 
     def _play(self) -> None:
-        changed: set[Port] = set(self._at)
+        changed = dict.fromkeys(self._at)
         while True:
             for device in self._room.release(self._now_s):
-                changed |= self._into[device]
+                changed |= dict.fromkeys(sorted(self._into.get(device, ())))
             self._begin_fixed()
             self._begin(changed)
             due_s = [each for each in (self._events[0][0] if self._events else None, self._room.next_s()) if each is not None]
+            if self._num_waiting == 0 and not self._events:
+                return
             if due_s:
                 changed = self._advance(min(due_s))
-            elif any(self._lanes.values()):
-                self._make_room()
-                changed = set(self._at)
             else:
-                return
+                self._make_room()
+                changed = dict.fromkeys(self._at)
 
-    def _advance(self, to_s: float) -> set[Port]:
+    def _advance(self, to_s: float) -> dict[Port, None]:
         """Time passes; ports that have become free."""
         self._now_s = max(self._now_s, to_s)
-        freed: set[Port] = set()
+        freed: dict[Port, None] = {}
         while self._events and self._events[0][0] <= self._now_s:
-            _, _, flow = heappop(self._events)
-            if flow is not None:
-                self._room.ended(flow)
-                self._busy.difference_update(flow.ports)
-                freed.update(flow.ports)
+            _, _, job = heappop(self._events)
+            if job is not None:
+                self._room.ended(job.flow)
+                self._busy.difference_update(job.ports)
+                freed |= dict.fromkeys(job.ports)
         return freed
 
     def _begin_fixed(self) -> None:
-        for flow in [flow for flow, start_s in self._fixed.items() if start_s <= self._now_s]:
-            del self._fixed[flow]
-            for port in flow.ports:
+        while self._fixed and self._fixed[-1][0] <= self._now_s:
+            _, job = self._fixed.pop()
+            for port in job.ports:
                 self._kept[port].pop()
-            self._send(flow)
+            self._send(job)
 
     def _begin(self, changed: Iterable[Port]) -> None:
         """Sends what can be sent through ports that have changed, the most important first."""
-        lanes = {lane for port in changed for lane in self._at.get(port, ()) if self._is_free(lane)}
-        for lane in lanes:
-            self._drop_late(lane)
+        lanes = {lane.number: lane for port in changed for lane in self._at.get(port, ()) if lane.waiting and self._is_free(lane)}
+        for lane in lanes.values():
+            if self._now_s + lane.longest_s > lane.end_s:
+                self._drop_late(lane)
         blocked: set[DeviceId] = set()
-        for lane in sorted((lane for lane in lanes if self._lanes[lane]), key=self._urgency):
+        for lane in sorted((lane for lane in lanes.values() if lane.waiting), key=self._urgency):
             if not self._is_free(lane):
                 continue
-            flow = self._next_of(lane, blocked)
-            if not self._room.fits(self._lanes[lane][-1]):
-                blocked.add(lane[2])
-            if flow is None:
+            job = self._next_of(lane, blocked)
+            if not self._room.fits(lane.waiting[-1].flow):
+                blocked.add(lane.device)
+            if job is None:
                 continue
-            self._lanes[lane].remove(flow)
-            self._room.take(flow)
-            self._forget(flow)
-            self._send(flow)
+            self._take_from(lane, job)
+            self._room.take(job.flow)
+            self._send(job)
             self._may_pass = False
 
-    def _urgency(self, lane: _Lane) -> tuple[bool, tuple[int, int], float, float, str, _Lane]:
-        flow = self._lanes[lane][-1]
-        most_left_s = max(self._left_s[port] for port in lane[:2])
-        return not flow.is_last_copy, flow.rank, -most_left_s, -self._seconds[flow], flow.what, lane
+    def _urgency(self, lane: _Lane) -> tuple[tuple[bool, tuple[int, int]], float, float, int]:
+        """The smallest first: importance, then the port with the most left to do, then the longest."""
+        job = lane.waiting[-1]
+        return job.importance, -max(self._left_s[port] for port in lane.ports), -job.seconds, lane.number
 
-    def _next_of(self, lane: _Lane, blocked: set[DeviceId]) -> Flow | None:
+    def _next_of(self, lane: _Lane, blocked: set[DeviceId]) -> _Job | None:
         """The flow of a lane that may begin; None: it has to wait."""
-        if lane[2] in blocked and not self._may_pass:
+        if lane.device in blocked and not self._may_pass:
             return None
-        kept_s = min((self._kept[port][-1] for port in lane[:2] if self._kept.get(port)), default=inf)
-        waiting = self._lanes[lane]
-        for flow in reversed(waiting if self._may_pass or kept_s < inf else waiting[-1:]):
-            if self._room.fits(flow) and self._now_s + self._seconds[flow] <= kept_s:
-                return flow
+        until_s = min((self._kept[port][-1] for port in lane.ports if self._kept.get(port)), default=inf)
+        for job in reversed(lane.waiting if self._may_pass or until_s < inf else lane.waiting[-1:]):
+            if self._room.fits(job.flow) and self._now_s + job.seconds <= until_s:
+                return job
         return None
 
     def _is_free(self, lane: _Lane) -> bool:
-        return lane[0] not in self._busy and lane[1] not in self._busy
+        return lane.ports[0] not in self._busy and lane.ports[1] not in self._busy
 
-    def _send(self, flow: Flow) -> None:
-        end_s = self._now_s + self._seconds[flow]
-        assert end_s <= self._ends[flow] and self._busy.isdisjoint(flow.ports)
-        self._busy.update(flow.ports)
-        self.timed.append(Timed(flow, self._now_s, end_s))
-        heappush(self._events, (end_s, next(self._tie), flow))
+    def _send(self, job: _Job) -> None:
+        assert self._busy.isdisjoint(job.ports), "a port has one flow at a time"
+        end_s = self._now_s + job.seconds
+        self._busy.update(job.ports)
+        self.timed.append(Timed(job.flow, self._now_s, end_s))
+        heappush(self._events, (end_s, next(self._tie), job))
+
+    def _take_from(self, lane: _Lane, job: _Job) -> None:
+        lane.waiting.remove(job)
+        self._num_waiting -= 1
+        for port in job.ports:
+            self._left_s[port] -= job.seconds
 
     # ------------------------------------------------------------------ what is not sent
 
     def _drop_late(self, lane: _Lane) -> None:
-        """All flows of a lane have one deadline; what would end after it if it began now does so later as well."""
-        waiting = self._lanes[lane]
-        late = [flow for flow in waiting if self._now_s + self._seconds[flow] > self._ends[flow]]
-        for flow in late:
-            waiting.remove(flow)
-            self._give_up(flow)
-        self.late += late
+        """What would end after the deadline if it began now does so later as well."""
+        for job in [job for job in reversed(lane.waiting) if self._now_s + job.seconds > lane.end_s]:
+            self._give_up(lane, job, self.late)
 
-    def _give_up(self, flow: Flow) -> None:
-        self._forget(flow)
-        self._room.ended(flow)
-
-    def _forget(self, flow: Flow) -> None:
-        for port in flow.ports:
-            self._left_s[port] -= self._seconds[flow]
+    def _give_up(self, lane: _Lane, job: _Job, why: list[Flow]) -> None:
+        self._take_from(lane, job)
+        self._room.ended(job.flow)
+        why.append(job.flow)
 
     def _make_room(self) -> None:
-        """Nothing is on its way and nothing fits: pass, evict, or give up."""
+        """Nothing is on its way and nothing fits: let what fits pass, else evict, else give up the most important."""
         if not self._may_pass:
             self._may_pass = True
             return
         self._may_pass = False
-        evicted = self._room.evict((lane[2] for lane, waiting in self._lanes.items() if waiting), self._now_s)
-        if evicted is not None:
-            leaving, readers = evicted
-            self.evicted.append(leaving)
-            for flow in sorted(readers, key=self._importance):
-                self._lanes[(*flow.ports, flow.destination)].remove(flow)
-                self._give_up(flow)
-                self.from_files.append(flow)
+        stuck = [lane for lane in self._lanes.values() if lane.waiting]
+        evicted = self._room.evict((lane.device for lane in stuck), self._now_s)
+        if evicted is None:
+            lane = min(stuck, key=self._urgency)
+            self._give_up(lane, lane.waiting[-1], self.without_room)
             return
-        lane = min((lane for lane, waiting in self._lanes.items() if waiting), key=self._urgency)
-        flow = self._lanes[lane].pop()
-        self._give_up(flow)
-        self.without_room.append(flow)
+        leaving, readers = evicted
+        self.evicted.append(Evicted(leaving, self._now_s))
+        for job in [job for flow, job in self._jobs.items() if flow in readers]:
+            self._give_up(self._lanes[job.ports, job.flow.destination], job, self.from_files)

@@ -152,6 +152,24 @@ def test_an_instance_deals_its_devices_out_among_all_that_it_was_given() -> None
     assert total(made, placed) == 40
 
 
+def test_devices_that_belong_together_need_not_be_neighbours() -> None:
+    """The first instance has all that both stages need, on devices that are neither neighbours nor every second one."""
+    found = np.zeros((4, 4))
+    found[[0, 1, 2, 3], [0, 3, 1, 2]] = 10
+    placed = place(made := scores(found, stages(2, 2), machines(1, 4))).devices
+    assert total(made, placed) == 40
+
+
+def test_instances_are_chosen_by_what_they_have_and_not_by_which_devices_are_neighbours() -> None:
+    """Dealt out to neighbours, both stages find 10 on the first instance and 11 on the second; in truth 20 and 11."""
+    found = np.zeros((4, 8))
+    for row, slot in enumerate(stages(2, 2)):
+        found[row, [2 * slot.shard, 2 * slot.shard + 1]] = 10
+        found[row, [4 + slot.shard, 6 + slot.shard]] = 5.5
+    placed = place(made := scores(found * 2, stages(2, 2), machines(2, 4))).devices
+    assert total(made, placed) == 80
+
+
 def test_a_replica_goes_to_its_type_of_machine_only() -> None:
     replicas = [
         ReplicaPlan(replica_id="r-1", parallel=Parallel(), instance_type="small"),

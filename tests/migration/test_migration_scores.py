@@ -2,7 +2,7 @@
 
 import itertools
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from migration_scene import MODEL, fitting_shapes, has, size_of
 
@@ -52,6 +52,7 @@ contents = st.builds(
 )
 
 
+@settings(max_examples=30)
 @given(
     st.lists(st.sampled_from([(1, 1), (2, 1), (1, 2), (3, 4)]), max_size=3),
     st.dictionaries(st.builds(DeviceId, st.sampled_from(["i-1", "i-2"]), st.integers(0, 2)), contents, max_size=5),
