@@ -35,10 +35,6 @@ class PublishedChoice:
     latency_s: float
     """Of a batch that waits for nothing."""
     throughput_rps: float
-    prompt_parts: int
-    """M1: micro-batches of the prompts."""
-    token_parts: int
-    """M2: micro-batches of a decode step."""
 
     @property
     def num_devices(self) -> int:
@@ -162,6 +158,4 @@ def _evaluate(
         output_tokens=output_tokens,
         divide_prefill=divide_prefill,
     )
-    return PublishedChoice(
-        data, pipeline, tensor, batch, milliseconds / 1000, data * batch / milliseconds * 1000, prompt_parts, token_parts
-    )
+    return PublishedChoice(data, pipeline, tensor, batch, milliseconds / 1000, data * batch / milliseconds * 1000)
