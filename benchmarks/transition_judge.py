@@ -14,8 +14,9 @@ from typing import Protocol, TypeAlias
 from transition_traces import Transition
 
 from spotserve.core.cluster import DeviceId
+from spotserve.core.hardware import InstanceType
 from spotserve.core.model import ModelSpec
-from spotserve.core.plan import Placement, ReplicaPlan
+from spotserve.core.plan import Parallel, Placement, ReplicaPlan
 from spotserve.migration.spotserve_2024 import PublishedShape
 from spotserve.planner.profile_speed import ProfileSpeed, profile_speed
 from spotserve.planner.profiles import Profile
@@ -27,18 +28,15 @@ from spotserve.planner.workload import Latency, Workload
 class Machines:
     """What machines are like; all alike."""
 
-    devices: int
-    device_memory_bytes: int
-    """That weights and KV of one device may take."""
-    network_bytes_per_s: float
-    """Of each direction of a machine's port."""
+    kind: InstanceType
+    """Devices, their memory and the network count; how fast devices are is the profile's."""
     usd_per_hour: float
     grace_s: float
     """How long before a transition it is known."""
 
     def on(self, instances: frozenset[str]) -> tuple[DeviceId, ...]:
         """Devices of these instances, in order."""
-        return tuple(DeviceId(instance, index) for instance in sorted(instances) for index in range(self.devices))
+        return tuple(DeviceId(instance, index) for instance in sorted(instances) for index in range(self.kind.num_devices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +57,14 @@ class Case:
     """Of a replica; the published rule allows no smaller one."""
     filled_tokens: int
     """Tokens with KV of a sequence in flight."""
+    memory_share: float
+    """Of a device's memory, that weights and KV may take."""
     machines: Machines
 
-    def speed_of(self, replica: ReplicaPlan) -> ProfileSpeed | str:
-        """How fast a replica is, or why it cannot be."""
-        memory = self.machines.device_memory_bytes
-        return profile_speed(self.profile, replica.parallel, model=self.model, device_memory_bytes=memory)
+    def speed_of(self, parallel: Parallel, kind: InstanceType) -> ProfileSpeed | str:
+        """How fast a replica of this shape is, or why it cannot be; fit for `planner.search`."""
+        memory = round(self.memory_share * kind.device.memory_bytes)
+        return profile_speed(self.profile, parallel, model=self.model, device_memory_bytes=memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def judge(case: Case, transition: Transition, decision: Decision, modelled: Mode
     used = {device.instance_id for device in decision.state.placement.devices.values()}
     assert used <= decision.held <= transition.after
     assert {slot for each in decision.state.replicas for slot in each.slots} == set(decision.state.placement.devices)
-    speeds = [case.speed_of(replica) for replica in decision.state.replicas]
+    speeds = [case.speed_of(replica.parallel, case.machines.kind) for replica in decision.state.replicas]
     assert not (refused := [each for each in speeds if isinstance(each, str)]), refused
     ports = _ports(decision.transfers)
     return Verdict(
@@ -162,7 +162,7 @@ def judge(case: Case, transition: Transition, decision: Decision, modelled: Mode
         e2e_p99_s=_p99_s(case, [each for each in speeds if not isinstance(each, str)], modelled),
         moved_bytes=sum(each.num_bytes for each in decision.transfers),
         network_bytes=sum(size for (_, direction), size in ports.items() if direction == "out"),
-        makespan_s=max(ports.values(), default=0.0) / case.machines.network_bytes_per_s,
+        makespan_s=max(ports.values(), default=0.0) / case.machines.kind.network.bytes_per_s,
         idle_instances=len(decision.held - used),
     )
 

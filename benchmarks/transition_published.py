@@ -20,7 +20,7 @@ from spotserve.planner.spotserve_2024 import choose
 
 MAX_BATCH = 4
 """What the artifact's scripts allow, and what is run whatever B the rule has chosen."""
-ESTIMATE, SENT, SENT_PORT = "T_mig estimated, s", "bytes sent", "port time of bytes sent, s"
+ESTIMATE, SENT, SENT_PORT = "T_mig estimated, s", "GB sent with padding", "port time of these, s"
 
 
 class PublishedPolicy:
@@ -36,7 +36,7 @@ class PublishedPolicy:
         choice = choose(
             case.profile,
             num_instances=len(transition.after),
-            devices_per_instance=case.machines.devices,
+            devices_per_instance=case.machines.kind.num_devices,
             required_rps=case.required_rps,
             min_devices=case.min_devices,
             max_batch=MAX_BATCH,
@@ -75,8 +75,8 @@ class PublishedPolicy:
         dry = remap(shape, old, devices, new.grid, batches=full, inherits=first)
         counted = traffic(shape, moves(shape, old, dry, batches=full, inherits=first), Measure.COUNTED)
         sent = traffic(shape, found, Measure.SENT)
-        port_s = _busiest_bytes(sent) / self._case.machines.network_bytes_per_s
-        return {ESTIMATE: estimate_s(counted) + SWITCH_S, SENT: sum(sent.values()), SENT_PORT: port_s}
+        port_s = _busiest_bytes(sent) / self._case.machines.kind.network.bytes_per_s
+        return {ESTIMATE: estimate_s(counted) + SWITCH_S, SENT: sum(sent.values()) / 1e9, SENT_PORT: port_s}
 
 
 def _busiest_bytes(sizes: Traffic) -> float:

@@ -2,7 +2,8 @@
 
 Reads the two forms in which SpotServe's artifact has them: `ms,add|remove,node` rows, and one JSON array a line
 (`[ms, "add"|"remove"|"other"|"DONE", {"nodes": [..]}]`, `#` comments). All events of one moment are one transition; the artifact
-merges an add with a remove that follows it within the grace period, and no trace has two moments that near to each other.
+merges an add with a remove that follows it within the grace period, and no trace has two moments that near to each other. A
+machine comes when the file says so: the paper's segments hold two minutes of starting it, the whole trace does not.
 """
 
 import json

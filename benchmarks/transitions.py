@@ -12,7 +12,8 @@ from. The data is not part of this project: `SPOTSERVE_DATA` names the folder wi
 At every transition the same number of sequences is in flight, rate times the latency of a request alone (Little's law), each with
 the KV of its prompt and half of its output. Bytes are those that the model needs; what a policy sends beyond them stands in the
 table below its own. The makespan is a lower bound for every policy alike: bytes of the busiest port at full speed, both directions
-at once. Policies go their own ways along a trace; `--leader NAME` lets all start every transition from that one's state.
+at once. Policies go their own ways along a trace; `--leader NAME` lets all start every transition from that one's state. With more
+than one policy a third table holds the others against the first, transition by transition.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isclose, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from rich.console import Console
 from rich.table import Table
 from transition_judge import Case, Machines, Modelled, Policy, Verdict, walk
 from transition_published import PublishedPolicy
-from transition_traces import Transition, read_transitions
+from transition_traces import read_transitions
 
+from spotserve.core.hardware import DeviceType, InstanceType, Link
 from spotserve.migration.spotserve_2024 import PublishedShape
 from spotserve.planner.profile_speed import published_model
 from spotserve.planner.profiles import read_profile
@@ -86,13 +88,23 @@ def _case(data: Path, name: str, args: argparse.Namespace) -> Case:
         workload=Workload(paper.rate_rps, prompt, output, args.gap_cv),
         min_devices=paper.min_devices,
         filled_tokens=args.prompt_tokens + args.output_tokens // 2,
-        machines=Machines(
-            devices=4,
-            device_memory_bytes=round(args.memory_gb * 1e9),
-            network_bytes_per_s=args.network_gbit * 1e9 / 8,
-            usd_per_hour=args.usd_per_hour,
-            grace_s=args.grace,
-        ),
+        memory_share=args.memory_share,
+        machines=Machines(_machine(args.network_gbit * 1e9 / 8), args.usd_per_hour, args.grace),
+    )
+
+
+def _machine(network_bytes_per_s: float) -> InstanceType:
+    """g4dn.12xlarge (AWS): four T4 of 16 GB, 8.1 TFLOP/s in float32 and 320 GB/s each (NVIDIA's data sheet), on PCIe 3.0; the
+    artifact takes the inside of a machine to be as fast as its network."""
+    t4 = DeviceType(name="T4", memory_bytes=16 * 10**9, flops_per_s=8.1e12, memory_bytes_per_s=320e9, layer_overhead_s=0.0)
+    return InstanceType(
+        name="g4dn.12xlarge",
+        device=t4,
+        num_devices=4,
+        device_link=Link(0.0, 50e9 / 8),
+        network=Link(0.0, network_bytes_per_s),
+        host_memory_bytes=192 * 2**30,
+        host_link=Link(0.0, 12e9),
     )
 
 
@@ -128,6 +140,37 @@ def _summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "own": dict(own),
         "configurations": dict(configurations.most_common()),
     }
+
+
+MEASURES: dict[str, Callable[[Verdict], float | None]] = {
+    "usd_per_hour": lambda verdict: verdict.usd_per_hour,
+    "e2e_p99_s": lambda verdict: verdict.e2e_p99_s,
+    "moved_bytes": lambda verdict: verdict.moved_bytes,
+    "makespan_s": lambda verdict: verdict.makespan_s,
+}
+"""What policies are held against each other by; less is better."""
+
+
+def _against(first: Sequence[Verdict], other: Sequence[Verdict]) -> dict[str, dict[str, float]]:
+    """By measure, on how many transitions `other` is better, level and worse, and both sums over those where both are finite."""
+    report = {}
+    for name, measure in MEASURES.items():
+        pairs = [
+            (a, b)
+            for one, two in zip(first, other, strict=True)
+            if (a := measure(one)) is not None and (b := measure(two)) is not None
+        ]
+        level = sum(a == b or isclose(a, b, rel_tol=1e-6) for a, b in pairs)
+        better = sum(b < a and not isclose(a, b, rel_tol=1e-6) for a, b in pairs)
+        finite = [(a, b) for a, b in pairs if isfinite(a) and isfinite(b)]
+        report[name] = {
+            "better": better,
+            "level": level,
+            "worse": len(pairs) - level - better,
+            "first": sum(a for a, _ in finite),
+            "other": sum(b for _, b in finite),
+        }
+    return report
 
 
 def _rows(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
@@ -176,9 +219,25 @@ def _print(report: dict[str, Any], each: bool) -> None:
         figures = ", ".join(f"{name} {value:,.1f}" for name, value in totals["own"].items())
         details.add_row(run["trace"], run["model"], run["policy"], chosen, figures)
     console.print(table, details)
+    if report["against"]:
+        console.print(_comparison(report["against"]))
     if each:
         for run in report["runs"]:
             console.print(f"\n{run['trace']}, {run['model']}, {run['policy']}", *map(str, run["each"]), sep="\n")
+
+
+def _comparison(against: Sequence[dict[str, Any]]) -> Table:
+    table = Table(
+        "trace", "model", "policy", *MEASURES, title=f"against {against[0]['first']}: better / level / worse, ratio of sums"
+    )
+    for pair in against:
+        cells = []
+        for name in MEASURES:
+            measured = pair["measures"][name]
+            ratio = f"{measured['other'] / measured['first']:.3f}" if measured["first"] else "-"
+            cells.append(f"{measured['better']} / {measured['level']} / {measured['worse']}, {ratio}")
+        table.add_row(pair["trace"], pair["model"], pair["policy"], *cells)
+    return table
 
 
 def main() -> None:
@@ -191,7 +250,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--gap-cv", type=float, default=1.0, help="burstiness of arrivals; 1: Poisson")
-    parser.add_argument("--memory-gb", type=float, default=16.0, help="of a device, for weights and KV")
+    parser.add_argument("--memory-share", type=float, default=0.9, help="of a device's memory, for weights and KV")
     parser.add_argument("--network-gbit", type=float, default=50.0, help="of each direction of a machine's port")
     parser.add_argument("--usd-per-hour", type=float, default=1.9046, help="spot price of a machine (the paper's)")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds from notice to transition")
@@ -204,19 +263,22 @@ def main() -> None:
         raise SystemExit(f"{folder} is not there: set SPOTSERVE_DATA to a folder with the traces of SpotServe's artifact")
     if args.leader is not None and args.leader not in args.policies:
         raise SystemExit(f"--leader {args.leader} is none of --policies {' '.join(args.policies)}")
-    runs = []
+    runs, against = [], []
     for trace in args.traces:
-        transitions: tuple[Transition, ...] = read_transitions(folder / TRACES[trace])
+        transitions = read_transitions(folder / TRACES[trace])
         for name in args.models:
             case = _case(data, name, args)
             policies = {policy: POLICIES[policy](case) for policy in args.policies}
             along = walk(case, transitions, policies, sequences=_in_flight(case), modelled=MODELLED, leader=args.leader)
-            runs += [
-                {"trace": trace, "model": name, "policy": policy, "totals": _summary(verdicts), "each": _rows(verdicts)}
-                for policy, verdicts in along.items()
-            ]
+            first, *others = args.policies
+            for policy, verdicts in along.items():
+                totals = _summary(verdicts)
+                runs.append({"trace": trace, "model": name, "policy": policy, "totals": totals, "each": _rows(verdicts)})
+            for policy in others:
+                measures = _against(along[first], along[policy])
+                against.append({"trace": trace, "model": name, "first": first, "policy": policy, "measures": measures})
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "each")}
-    report = {"settings": settings, "runs": runs}
+    report = {"settings": settings, "runs": runs, "against": against}
     if args.json:
         print(json.dumps(report, indent=2))
     else:

@@ -154,11 +154,12 @@ def reused(shape: PublishedShape, old: Position, old_grid: Grid, new: Position, 
     if batch is not None:
         cells = batch.sequences * batch.buffer_tokens
         state = (batch.buffer_tokens + 3 * shape.hidden_size + 4) * batch.sequences / shape.hidden_size
-    layers = _common(old.stage, old_grid.pipeline, new.stage, new_grid.pipeline) * shape.padded_layers
-    share = _common(old.shard, old_grid.tensor, new.shard, new_grid.tensor)
-    both_last = old.stage == old_grid.pipeline - 1 and new.stage == new_grid.pipeline - 1
-    ends = shape.vocabulary_size + shape.positions + (shape.vocabulary_size + 2 if both_last else 0)
-    return layers * (6 + (12 * shape.hidden_size + 7 + cells) * share) + ends + state
+    layers = _common(shape.padded_layers, old.stage, old_grid.pipeline, new.stage, new_grid.pipeline)
+    share = _common(1, old.shard, old_grid.tensor, new.shard, new_grid.tensor)
+    everywhere = shape.vocabulary_size + shape.positions + state
+    if old.stage == old_grid.pipeline - 1 and new.stage == new_grid.pipeline - 1:
+        everywhere += shape.vocabulary_size + 2
+    return layers * (6 + (12 * shape.hidden_size + 7 + cells) * share) + everywhere
 
 
 def _two_steps(
@@ -211,9 +212,10 @@ def _positions(grid: Grid) -> list[Position]:
     return [Position(*place) for place in product(range(grid.data), range(grid.pipeline), range(grid.tensor))]
 
 
-def _common(old: int, of_old: int, new: int, of_new: int) -> float:
-    """Share of the whole that part `old` of `of_old` equal parts and part `new` of `of_new` have in common."""
-    return max(0, min((old + 1) * of_new, (new + 1) * of_old) - max(old * of_new, new * of_old)) / (of_old * of_new)
+def _common(whole: int, old: int, of_old: int, new: int, of_new: int) -> float:
+    """What part `old` of `of_old` equal parts of a whole and part `new` of `of_new` have in common."""
+    units = min((old + 1) * of_new, (new + 1) * of_old) - max(old * of_new, new * of_old)
+    return whole * max(0, units) / (of_old * of_new)
 
 
 def _filled(batch: Batch | None) -> int:

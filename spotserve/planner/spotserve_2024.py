@@ -36,11 +36,6 @@ class PublishedChoice:
     """Of a batch that waits for nothing."""
     throughput_rps: float
 
-    @property
-    def num_devices(self) -> int:
-        """Devices that it uses."""
-        return self.data * self.pipeline * self.tensor
-
 
 def choose(
     profile: Profile,

@@ -174,15 +174,13 @@ def test_every_device_receives_what_it_lacks_from_its_own_old_replica(case) -> N
         if move.batch is None:
             received[move.destination] += num_bytes(SMALL, move, Measure.SENT)
             origins[move.destination].add(old.positions[move.source].replica)
-            assert (move.what is What.EMBEDDING) is (move.what in EMBEDDINGS and new.positions[move.destination].stage == 0)
+            first = new.positions[move.destination].stage == 0
+            assert move.what is not (What.SPARE_EMBEDDING if first else What.EMBEDDING)
     for device, position in new.positions.items():
         before = old.positions.get(device)
         had = weights_of(before, old.grid, parts) if before else set()
         assert received[device] == pytest.approx(size_of(weights_of(position, grid, parts) - had, parts))
         assert len(origins[device]) <= 1 and (before is None or origins[device] <= {before.replica})
-
-
-EMBEDDINGS = (What.EMBEDDING, What.SPARE_EMBEDDING)
 
 
 @settings(max_examples=100, deadline=None)
@@ -214,7 +212,6 @@ def test_an_edge_weighs_what_both_have(old: Grid, new: Grid, data: st.DataObject
 
     had, wanted, parts = position(old), position(new), max(old.tensor, new.tensor)
     both = weights_of(had, old, parts) & weights_of(wanted, new, parts)
-    # the artifact weighs norms only in proportion to layers in common, as they are: every shard has them whole
     assert 4 * SMALL.hidden_size * reused(SMALL, had, old, wanted, new, batch=None) == pytest.approx(size_of(both, parts))
 
 

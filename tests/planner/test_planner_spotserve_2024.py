@@ -140,7 +140,7 @@ def test_the_shortest_of_what_is_enough_else_the_most() -> None:
 def test_stages_divide_the_padded_layers_and_replicas_take_what_fits() -> None:
     profile = small_profile({(1, 1): 1.0}, padded_layers=6)
     choice = on(profile, 5, min_devices=3)
-    assert choice is not None and choice.pipeline == 3 and choice.data == 1 and choice.num_devices == 3
+    assert choice is not None and (choice.data, choice.pipeline, choice.tensor) == (1, 3, 1)
     assert on(profile, 5, min_devices=4) is None  # neither 4 nor 5 divides 6
     assert on(profile, 2, min_devices=3) is None
     assert on(profile, 0) is None
