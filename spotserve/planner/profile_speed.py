@@ -45,8 +45,7 @@ class ProfileSpeed:
     def token_s(self, sequences: float, context_tokens: float) -> float:
         """Between two tokens of one sequence when so many run; the context does not matter (see the module)."""
         del context_tokens
-        group = max(1.0, sequences / self.pipeline)
-        layers_ms = self.pipeline * self.stage_layers * _between(self.incr_ms, group)
+        layers_ms = self.pipeline * self.stage_layers * _between(self.incr_ms, sequences / self.pipeline)
         return self.fix_factor * (layers_ms + (self.pipeline - 1) * self.incr_hop_ms) / 1000
 
     def prompt_s(self, tokens: float) -> float:

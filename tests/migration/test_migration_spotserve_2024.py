@@ -118,6 +118,12 @@ def test_no_matching_is_heavier(rows: list[list[int]]) -> None:
     assert sum(weights[pair] for pair in pairs) >= best - 2e-5 * len(pairs) * weights.max()
 
 
+def test_of_equally_heavy_matchings_it_takes_the_artifacts() -> None:
+    """As `KMmatcher.py` has it; others weigh 6 as well."""
+    assert heaviest(np.array([[3.0, 1, 0, 2], [2, 1, 1, 0], [3, 2, 0, 1]])) == [(0, 0), (1, 2), (2, 1)]
+    assert heaviest(np.array([[3.0, 2, 3], [1, 1, 2], [0, 1, 0], [2, 0, 1]])) == [(0, 0), (2, 1), (1, 2)]
+
+
 # --------------------------------------------------------------------------- what goes where
 
 grids = st.builds(Grid, st.integers(1, 3), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4]))
@@ -232,6 +238,15 @@ def test_what_runs_goes_on_when_replicas_are_only_added() -> None:
     assert {move.destination.instance_id for move in found} == {"node-02"} and not any(move.batch for move in found)
     assert change(SMALL, old, there, Grid(2, 1, 4), FULL) == (old, ())
     assert not grows(old, devices([0, 2]), Grid(2, 1, 4)) and not grows(old, there, Grid(1, 1, 4))
+
+
+def test_holders_of_one_tensor_take_turns() -> None:
+    old = first_layout(devices([0]), Grid(1, 1, 4))
+    _, found = change(SMALL, old, devices([0, 1]), Grid(2, 1, 4), None)
+    pairs = [(move.source.index, move.destination) for move in found if move.what is What.EMBEDDING]
+    assert pairs == [(device.index, device) for device in devices([1])]
+    norms = {(move.source.index, move.destination.index) for move in found if move.what is What.WHOLE}
+    assert norms == {(index, index) for index in range(4)}
 
 
 def test_three_ways_to_count_one_move() -> None:

@@ -121,6 +121,8 @@ def test_the_formula_term_by_term() -> None:
     token = 1.5 * 2 * 2 + 0.5
     expected = prompt + 10 * token + 2 * 0.25
     assert latency_ms(profile, pipeline=2, tensor=1, batch=2, prompt_parts=2, output_tokens=10) == pytest.approx(expected)
+    parts = 10 * 2 * 2 * 2 + 2.0 + 10 * (1.0 * 2 * (2 + 1) + 0.5 / 2) + 2 * 0.25
+    assert latency_ms(profile, pipeline=2, tensor=1, batch=2, token_parts=2, output_tokens=10) == pytest.approx(parts)
     undivided = 10 * 2 * (2 + 1) + 2.0 + 10 * token + 2 * 0.25
     assert latency_ms(
         profile, pipeline=2, tensor=1, batch=2, prompt_parts=2, output_tokens=10, divide_prefill=False
