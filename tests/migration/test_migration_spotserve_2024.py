@@ -224,6 +224,8 @@ def test_an_edge_weighs_what_both_have(old: Grid, new: Grid, data: st.DataObject
 def test_whoever_has_come_furthest_goes_on() -> None:
     batches = [Batch(4, 640, filled) for filled in (520, 600, 560)]
     assert inherit(batches, 2) == (1, 2)
+    assert inherit(batches[::-1], 1) == (1,)
+    assert inherit([batches[2], batches[0], batches[1]], 2) == (0, 2)
     assert inherit(batches, 4) == (0, 1, 2, 3)
     assert inherit([None, None, batches[0]], 2) == (0, 2)
     assert inherit([batches[0], None, batches[2]], 2) == (0, 2)
