@@ -133,6 +133,8 @@ def _worth_trying(offers: Sequence[Offer], wanted: float) -> list[Counts]:
     At any dual price m of one unit of value, sum(min_k(cost * k - m * values[k])) + m * wanted bounds the cost of every
     combination from below, and one with k machines costs more by as much as k is above its pool's minimum.
     """
+    if len(offers) == 1:
+        return [np.arange(len(offers[0].values))]
     price, ceiling = _dual_price(offers, wanted)
     reduced = [offer.costs - price * offer.values for offer in offers]
     floor = sum(float(each.min()) for each in reduced) + price * wanted
@@ -145,23 +147,24 @@ def _worth_trying(offers: Sequence[Offer], wanted: float) -> list[Counts]:
 
 def _dual_price(offers: Sequence[Offer], wanted: float) -> tuple[float, int]:
     """The price of a unit of value at which what is worth its price just reaches `wanted`, and the cost of a combination."""
+    costs = [offer.costs for offer in offers]
+
+    def at_price(price: float) -> list[int]:
+        """Of each pool the machines that are worth most above their cost."""
+        return [int((cost - price * offer.values).argmin()) for cost, offer in zip(costs, offers, strict=True)]
+
     low, high = 0.0, 1.0
-    while not _reaches(offers, _at_price(offers, high), wanted):
+    while not _reaches(offers, at_price(high), wanted):
         low, high = high, high * 16
-    for _ in range(60):
+    while high - low > 1e-9 * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if _reaches(offers, _at_price(offers, middle), wanted) else (middle, high)
-    machines = _at_price(offers, high)
+        low, high = (low, middle) if _reaches(offers, at_price(middle), wanted) else (middle, high)
+    machines = at_price(high)
     for pool in sorted(range(len(offers)), key=lambda pool: -offers[pool].cost):
         spared = sum(float(offer.values[count]) for offer, count in zip(offers, machines, strict=True)) - wanted
         values = offers[pool].values
         machines[pool] = min(machines[pool], int(np.searchsorted(values, values[machines[pool]] - spared)))
     return high, sum(offer.cost * count for offer, count in zip(offers, machines, strict=True))
-
-
-def _at_price(offers: Sequence[Offer], price: float) -> list[int]:
-    """Of each pool the machines that are worth most above their cost."""
-    return [int((offer.costs - price * offer.values).argmin()) for offer in offers]
 
 
 def _reaches(offers: Sequence[Offer], machines: Sequence[int], wanted: float) -> bool:

@@ -79,3 +79,14 @@ def test_many_pools_of_many_machines_leave_few_combinations() -> None:
     order = sorted(range(8), key=lambda pool: offers[pool].cost)
     assert [found[pool] for pool in order[:2]] == [1250, 1250], "the cheapest are taken whole"
     assert sum(found) == pytest.approx(1234.5 / 0.375, abs=2)
+
+
+@pytest.mark.parametrize(("smallest", "losses"), [*itertools.product(range(1, 9), range(3))])
+def test_enough_consecutive_sizes_cover_every_count(smallest: int, losses: int) -> None:
+    """Sizes n .. n + p - 1 cover every count of at least (f + 1) n devices if and only if (f + 1)(p - 1) >= n - 1."""
+    for num_sizes in range(1, smallest + 2):
+        sizes = range(smallest, smallest + num_sizes)
+        filling = Filling(list(sizes), [float(size) for size in sizes], 200)
+        counts = np.arange((losses + 1) * smallest, 201)
+        covered = bool((filling.values(counts) == counts).all())
+        assert covered == ((losses + 1) * (num_sizes - 1) >= smallest - 1)
