@@ -33,7 +33,7 @@ class Verdict:
 
 
 class Judge:
-    """Says what fleets are worth, each once."""
+    """Says what fleets are worth, each once. `shapes` may grow behind it, but not change."""
 
     def __init__(
         self, yard: Yard, shapes: Sequence[Shape], fixed: Sequence[Choice], workload: Workload, objective: Objective
@@ -42,7 +42,7 @@ class Judge:
         kept = Counter((choice.parallel, choice.pool.instance_type.name) for choice in fixed)
         speeds = {(choice.parallel, choice.pool.instance_type.name): choice.speed for choice in fixed}
         self._fixed = [(capacity_rps(speeds[alike], workload), speeds[alike], count) for alike, count in kept.items()]
-        self._capacities_rps = [0.0] * len(shapes)
+        self._capacities_rps: dict[int, float] = {}
         self._verdicts: dict[Fleet, Verdict] = {}
 
     def verdict(self, fleet: Fleet) -> Verdict:
@@ -84,7 +84,7 @@ class Judge:
         return self._fixed + [(self._capacity_rps(shape), self._shapes[shape].speed, count) for _, shape, count in fleet]
 
     def _capacity_rps(self, shape: int) -> float:
-        if not self._capacities_rps[shape]:
+        if shape not in self._capacities_rps:
             self._capacities_rps[shape] = capacity_rps(self._shapes[shape].speed, self._workload)
         return self._capacities_rps[shape]
 

@@ -55,6 +55,19 @@ class Ranking:
         short = [verdict for verdict in verdicts if verdict.latency.e2e_p99_s == inf]
         return near + slower + sorted(short, key=lambda verdict: (-verdict.throughput_rps, *_cost_of(verdict)))
 
+    def is_better(self, one: Verdict, other: Verdict) -> bool:
+        """Whether `one` is better than `other`, by more than a model's noise where they are equally dear."""
+        if self._limits.is_set and one.meets != other.meets:
+            return one.meets
+        if self._limits.is_set and one.meets:
+            return _cost_of(one) < _cost_of(other)
+        if self._limits.is_set:
+            reached_rps = self._judge.goodput_rps(other.fleet)
+            return self._judge.goodput_rps(one.fleet, above=1.01 * reached_rps) > reached_rps
+        if min(one.latency.e2e_p99_s, other.latency.e2e_p99_s) < inf:
+            return one.latency.e2e_p99_s < 0.999 * other.latency.e2e_p99_s
+        return one.throughput_rps > 1.001 * other.throughput_rps
+
     def why_best(self, best: Verdict) -> str:
         """What makes it the best."""
         if self._objective.is_set and best.meets:

@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from functools import partial
 from math import inf
 
+import msgspec
+
 from spotserve.core.hardware import InstanceType
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel
 from spotserve.planner.fleets import Choice, Pool, Program, Yard, all_fleets
 from spotserve.planner.judge import Judge, Verdict
 from spotserve.planner.ranking import NEAR, Ranking
-from spotserve.planner.shapes import Loser, Shape, SpeedOf, Tree, calmer, grow
+from spotserve.planner.shapes import Loser, Shape, SpeedOf, Tree, calmer, grow, room_for
 from spotserve.planner.unhindered import met_by_most, unhindered_rps
 from spotserve.planner.workload import Latency, Objective, Workload
 
@@ -95,7 +97,7 @@ def search(
     order = tried.ranking.ranked([verdict for group in groups for verdict in group])
     place = {verdict.fleet: index for index, verdict in enumerate(order)}
     firsts = sorted({min(place[verdict.fleet] for verdict in group) for group in groups if group})
-    candidates = tried.candidates([order[index] for index in firsts[:max_candidates]], refine)
+    candidates = tried.candidates(tried.different([order[index] for index in firsts])[:max_candidates], refine)
     return SearchResult(candidates, tuple(loser for tree in tried.trees for loser in tree.losers))
 
 
@@ -114,7 +116,7 @@ class _Tried:
     ) -> None:
         self._pools = sorted(pools, key=lambda pool: pool.kind)
         self._workload, self._limits, self._speed_of, self._fixed = workload, objective, speed_of, fixed
-        self._yard = Yard(self._pools, fixed)
+        self._yard, self._max_batch = Yard(self._pools, fixed), max_batch
         self.trees = self._grown(model, max_batch)
         if objective.is_set and not any(tree.shapes for tree in self.trees):
             self._limits = Objective()  # nothing keeps them at any rate: the shortest time is what is left to want
@@ -160,7 +162,48 @@ class _Tried:
         place = {verdict.fleet: rank for rank, verdict in enumerate(self.ranking.ranked(list(full.values())))}
         promising = sorted(full, key=lambda index: place[full[index].fleet])[:num_alone]
         found += [self._solved([index]) for index in promising]
-        return [*found, *([full[index]] for index in full if index not in promising)]
+        found += [[full[index]] for index in full if index not in promising]
+        return [*found, *self._with_other_batches([verdict for group in found for verdict in group])]
+
+    def _with_other_batches(self, verdicts: Sequence[Verdict]) -> list[list[Verdict]]:
+        """The best fleet, and the best of several shapes, with other B, since the share of the load goes with it."""
+        order = self.ranking.ranked(verdicts)
+        mixed = [verdict for verdict in order if len({shape for _, shape, _ in verdict.fleet}) > 1]
+        found = []
+        for verdict in dict.fromkeys((*order[:1], *mixed[:1])):
+            tuned = self._tuned(verdict)
+            found.append([*tuned, *self._solved(sorted({shape for _, shape, _ in tuned[-1].fleet}))])
+        return found
+
+    def _tuned(self, verdict: Verdict) -> list[Verdict]:
+        """Every fleet that is better than the one before it, `verdict` first: B of one shape after the other, up or down."""
+        better = [verdict]
+        for _ in range(3):
+            before = better[-1]
+            for shape in sorted({shape for _, shape, _ in before.fleet}):
+                for other in self._other_batches(shape):
+                    fleet = tuple(sorted((pool, other if each == shape else each, n) for pool, each, n in better[-1].fleet))
+                    if self.ranking.is_better(self._judge.verdict(fleet), better[-1]):
+                        better.append(self._judge.verdict(fleet))
+            if better[-1] is before:
+                break
+        return better
+
+    def _other_batches(self, index: int) -> list[int]:
+        """The same shape with half of B and with twice as much, where they are possible."""
+        shape, found = self._shapes[index], []
+        half, twice = max(1, shape.parallel.max_batch // 2), shape.parallel.max_batch * 2
+        for batch in (half, twice) if twice <= self._max_batch else (half,):
+            parallel = msgspec.structs.replace(shape.parallel, max_batch=batch)
+            known = [
+                i for i, each in enumerate(self._shapes) if (each.parallel, each.instance_type) == (parallel, shape.instance_type)
+            ]
+            speed = shape.speed if known else self._speed_of(parallel, shape.instance_type)
+            if not known and not isinstance(speed, str) and room_for(speed, self._workload) >= batch:
+                self._shapes.append(Shape.of(parallel, shape.instance_type, speed, self._workload))
+                known = [len(self._shapes) - 1]
+            found += known[:1]
+        return [other for other in found if other != index]
 
     def _in_full(self, menu: Sequence[int]) -> Verdict:
         """As many replicas as there can be, of these shapes."""
@@ -224,6 +267,14 @@ class _Tried:
             middle = (low + high) / 2
             low, high = (low, middle) if enough(middle) else (middle, high)
         return found
+
+    def different(self, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """The first of each that differ in more than B."""
+        found: dict[tuple[tuple[int, int, int, int], ...], Verdict] = {}
+        for verdict in verdicts:
+            cuts = ((pool, self._shapes[shape].parallel, count) for pool, shape, count in verdict.fleet)
+            found.setdefault(tuple(sorted((pool, cut.pipeline, cut.tensor, count) for pool, cut, count in cuts)), verdict)
+        return list(found.values())
 
     def candidates(
         self, verdicts: Sequence[Verdict], refine: Callable[[Parallel, InstanceType], Parallel] | None

@@ -160,21 +160,25 @@ def _shape(
     problem = None if model is None else misfit(model, pipeline, tensor)
     if problem is not None:
         return problem
-    request_tokens = workload.prompt.mean + workload.output.mean
     refusal, batch = "", 1 << (max_batch.bit_length() - 1)
     while batch >= 1:
         parallel = Parallel(pipeline=pipeline, tensor=tensor, max_batch=batch)
         speed = speed_of(parallel, instance_type)
-        room = batch if isinstance(speed, str) else int(speed.kv_tokens / request_tokens)
+        room = batch if isinstance(speed, str) else room_for(speed, workload)
         if isinstance(speed, str):
             refusal = speed
         elif room < 1:
-            return f"its KV cache holds {speed.kv_tokens} tokens: not one request of {request_tokens:.0f}"
+            return f"its KV cache holds {speed.kv_tokens} tokens: not one request"
         elif room >= batch or batch == 1:
             missed = met_by_most(speed, workload, 1.0).missed(objective)
             return f"even alone on it, {missed}" if missed else Shape.of(parallel, instance_type, speed, workload)
         batch = min(batch // 2, 1 << (max(1, room).bit_length() - 1))
     return refusal
+
+
+def room_for(speed: ReplicaSpeed, workload: Workload) -> int:
+    """Whole requests of mean length that its KV cache holds at once."""
+    return int(speed.kv_tokens / (workload.prompt.mean + workload.output.mean))
 
 
 def calmer(shape: Shape, workload: Workload, limits: Objective, speed_of: SpeedOf) -> Shape:
