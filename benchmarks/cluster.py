@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,13 @@ class SystemFailed(RuntimeError):
 class RunningSystem:
     """One system that serves."""
 
-    def __init__(self, home: Path, port: int, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, home: Path, port: int, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+        """`start` starts its process; with the same home and port every time."""
         self.url = f"http://127.0.0.1:{port}"
         self.folder = home / str(port)
         self._log_path = home / "up.log"
-        self._process = process
+        self._start = start
+        self._process = start()
 
     @property
     def pid(self) -> int:
@@ -72,6 +74,13 @@ class RunningSystem:
         pids = [self._process.pid, *(item["pid"] for item in self.status()["instances"] if item["pid"])]
         return sum(process_cpu_s(pid) for pid in pids)
 
+    def kill_and_start_again(self) -> None:
+        """SIGKILL to the process of gateway and controller; the next one adopts what still runs."""
+        self._process.kill()
+        self._process.wait()
+        self._process = self._start()
+        wait_until(lambda: self.serving() >= 1, f"a replica serves again; see {self._log_path}")
+
     def stop(self) -> None:
         """Ends it, whatever that takes."""
         self._process.send_signal(signal.SIGTERM)
@@ -87,10 +96,15 @@ class RunningSystem:
 
 @contextmanager
 def running_system(
-    home: Path, *arguments: str, instances: int, replicas: int | None = None, port: int | None = None
+    home: Path,
+    *arguments: str,
+    instances: int,
+    replicas: int | None = None,
+    port: int | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[RunningSystem]:
     """A system of which `replicas` serve (None: one per instance), on `port` (None: any). With the home and port of one that
-    was stopped it goes on with that one's requests.
+    was stopped it goes on with that one's requests. `settings` are further environment variables.
 
     Raises:
         SystemFailed: it ended, or did not serve within `START_DEADLINE_S`.
@@ -98,9 +112,13 @@ def running_system(
     home.mkdir(parents=True, exist_ok=True)
     port = free_port() if port is None else port
     command = [sys.executable, "-m", "spotserve", "up", "--port", str(port), "--instances", str(instances), *arguments]
-    with (home / "up.log").open("ab") as log:
-        process = subprocess.Popen(command, env={**os.environ, "SPOTSERVE_HOME": str(home)}, stdout=log, stderr=log)
-    system = RunningSystem(home, port, process)
+    environment = {**os.environ, **(settings or {}), "SPOTSERVE_HOME": str(home)}
+
+    def start() -> subprocess.Popen[bytes]:
+        with (home / "up.log").open("ab") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    system = RunningSystem(home, port, start)
     try:
         wanted = instances if replicas is None else replicas
         wait_until(lambda: system.serving() >= wanted, f"{wanted} replicas serve; see {home / 'up.log'}")

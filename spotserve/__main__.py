@@ -1,5 +1,5 @@
 """`python -m spotserve` is the command line."""
 
-from spotserve.cli import main
+from spotserve.cli.app import main
 
 main()

@@ -116,12 +116,28 @@ class ControllerSettings(Section):
     """Where the controller listens for workers and gateways."""
     port: int = Field(0, ge=0, le=65535)
     """Its port; 0: any free one."""
+    planning: Literal["shape", "auto"] = "shape"
+    """`shape`: replicas are of `pipeline` x `tensor`, as many as `data`; `auto`: the planner chooses, and mixes shapes."""
     data: int | None = Field(None, ge=1)
     """Replicas wanted; None: as many as the devices allow."""
     pipeline: int = Field(1, ge=1)
     """Stages of a replica (P)."""
     tensor: int = Field(1, ge=1)
     """Shards of a stage (M)."""
+    ttft_s: float | None = Field(None, gt=0)
+    """Limit of the time to the first token, at the 99th percentile; None: none. Limits guide the planner."""
+    tpot_s: float | None = Field(None, gt=0)
+    """Limit of the time per further token, at the 99th percentile."""
+    e2e_s: float | None = Field(None, gt=0)
+    """Limit of the time to the last token, at the 99th percentile."""
+    rate_rps: float | None = Field(None, gt=0)
+    """Requests per second to plan for; None: what comes is measured, and the next three are not asked."""
+    prompt_tokens: int = Field(512, ge=1)
+    """Length of their prompts."""
+    output_tokens: int = Field(128, ge=1)
+    """Length of their answers."""
+    gap_cv: float = Field(1.0, ge=0)
+    """How bursty they come: standard deviation of the time between two of them over its mean; 1: at random."""
 
 
 class WorkerSettings(Section):
@@ -162,6 +178,8 @@ class LocalCloudSettings(Section):
     """Instances at the start."""
     devices: int = Field(1, ge=1, le=16)
     """Devices of each instance: rank processes that compute side by side."""
+    device_memory_bytes: int | None = Field(None, ge=2**20)
+    """What weights and KV of one device may take, for planning; None: an equal share of this machine's memory."""
     restock_s: float | None = Field(2.0, ge=0)
     """Time until a taken instance's place goes to a new one; None: never (a trace drives the fleet)."""
     zones: tuple[str, ...] = Field(("local-a", "local-b"), min_length=1)

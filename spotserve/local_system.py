@@ -20,11 +20,13 @@ from rich.console import Console
 
 from spotserve.checkpoint.open import open_store
 from spotserve.cloud.local import LocalCloud
+from spotserve.cloud.local_hardware import local_instance_type
 from spotserve.cloud.nursery_process import NurseryProcess
 from spotserve.config import Settings
 from spotserve.controller.app import create_router, status_of
 from spotserve.controller.controller import Controller
 from spotserve.controller.executor import Executor
+from spotserve.controller.proposals import EngineTerms
 from spotserve.controller.state import ControllerState
 from spotserve.core.errors import ConfigError, StoreError
 from spotserve.core.messages import Address, ControllerInbound
@@ -78,7 +80,9 @@ class _LocalSystem:
         async with contextlib.AsyncExitStack() as at_end:
             at_end.push_async_callback(store.close)
             cloud = self._make_cloud(folder)
-            state = ControllerState(self._settings.controller, max_batch=self._settings.engine.max_batch)
+            engine = self._settings.engine
+            terms = EngineTerms(engine.max_batch, kv_tokens=engine.kv_tokens, step_tokens=engine.max_step_tokens)
+            state = ControllerState(self._settings.controller, terms)
             executor = Executor(cloud)
             controller = Controller(state, executor, clock=self._clock, metrics=self._metrics)
             self._controller = controller
@@ -139,6 +143,8 @@ class _LocalSystem:
         sections = {name: getattr(self._settings, name).model_dump(mode="json") for name in ("worker", "store")}
         sections["engine"] = self._settings.engine.for_worker()
 
+        hardware = local_instance_type(self._settings.cloud) if self._settings.controller.planning == "auto" else None
+
         def start_options(instance_id: str, spot: bool, zone: str) -> WorkerOptions:
             return WorkerOptions(
                 instance_id=instance_id,
@@ -146,6 +152,7 @@ class _LocalSystem:
                 zone=zone,
                 system_folder=str(folder.path),
                 devices=self._settings.cloud.devices,
+                hardware=hardware,
                 **sections,
             )
 

@@ -3,6 +3,7 @@
     system.json      who leads: process id, URL, address of the controller, shared secret (readable by its owner alone)
     instances.json   machines of the local cloud, so that a restarted one adopts what still runs
     progress.sqlite  the default store
+    calibration.json how fast the devices of this machine were found to be
     logs/            one file per process
 
 Files are replaced whole, never edited, so a reader sees the old or the new one.
@@ -54,6 +55,11 @@ class SystemFolder:
     def default_store_path(self) -> Path:
         """SQLite file of a system that was not told of another store."""
         return self.path / "progress.sqlite"
+
+    @property
+    def calibration_path(self) -> Path:
+        """What has been measured of this machine's devices."""
+        return self.path / "calibration.json"
 
     def log_path(self, process: str) -> Path:
         """Log file of a process."""

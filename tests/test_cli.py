@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from spotserve import cli
+from spotserve.cli import app as cli
 from spotserve.core.messages import Address
 from spotserve.system_folder import SystemFolder, SystemRecord
 

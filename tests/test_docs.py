@@ -11,7 +11,7 @@ import click
 import pytest
 import typer
 
-from spotserve.cli import app
+from spotserve.cli.app import app
 from spotserve.core import cluster, messages
 from spotserve.gateway import openai
 

@@ -19,7 +19,7 @@ import msgspec
 from spotserve.cloud.nursery_process import NurseryProcess
 from spotserve.config import LocalCloudSettings
 from spotserve.core.clock import Clock
-from spotserve.core.cluster import Notice
+from spotserve.core.cluster import Notice, NoticeKind
 from spotserve.core.errors import CloudError
 from spotserve.core.messages import TERMINATED, CloudEvent, InstanceLaunched, InstanceLost, NoticeReceived
 from spotserve.system_folder import process_name, replace_file
@@ -107,10 +107,7 @@ class LocalCloud:
         Raises:
             CloudError: there is no such instance.
         """
-        instance = self._instances.get(instance_id)
-        if instance is None:
-            known = ", ".join(self._instances) or "none"
-            raise CloudError(f"there is no instance {instance_id!r}; running: {known}")
+        self._known(instance_id)
         deadline_s = self._clock.now_s() + grace_s
         if grace_s <= 0:
             self._take(instance_id)
@@ -121,6 +118,22 @@ class LocalCloud:
             self._doomed[instance_id] = asyncio.get_running_loop().call_later(grace_s, self._take, instance_id)
             self._on_event(NoticeReceived(notice=Notice(instance_id=instance_id, deadline_s=deadline_s)))
         return deadline_s
+
+    def warn(self, instance_id: str, *, deadline_s: float, kind: NoticeKind, source: str) -> None:
+        """Passes a notice on, as any of a cloud's sources may: whether it comes true is another matter.
+
+        Raises:
+            CloudError: there is no such instance.
+        """
+        self._known(instance_id)
+        self._on_event(NoticeReceived(notice=Notice(instance_id=instance_id, deadline_s=deadline_s, kind=kind, source=source)))
+
+    def _known(self, instance_id: str) -> LocalInstance:
+        instance = self._instances.get(instance_id)
+        if instance is None:
+            known = ", ".join(self._instances) or "none"
+            raise CloudError(f"there is no instance {instance_id!r}; running: {known}")
+        return instance
 
     async def adopt(self) -> list[str]:
         """Takes over instances of an earlier run that still live; their ids."""

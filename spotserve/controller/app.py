@@ -13,7 +13,7 @@ from fastapi import APIRouter, Body, Depends, HTTPException, Request, Response
 from spotserve.cloud.local import LocalCloud
 from spotserve.controller.controller import Controller
 from spotserve.controller.records import Replica
-from spotserve.core.cluster import InstanceState, ReplicaState
+from spotserve.core.cluster import InstanceState, NoticeKind, ReplicaState
 from spotserve.core.cut import layers_of, misfit
 from spotserve.core.errors import CloudError
 from spotserve.core.messages import Reshape
@@ -77,7 +77,7 @@ def status_of(controller: Controller, *, model_name: str, store_url: str, store_
             "invariant": state.invariant,
             "across_parallel_configurations": state.invariant == "full",
         },
-        "shape": {"data": state.wanted.data, "pipeline": state.wanted.pipeline, "tensor": state.wanted.tensor},
+        "shape": asdict(state.wanted) if state.wanted is not None else {"data": None, "pipeline": None, "tensor": None},
         "migrations": [
             {
                 "epoch": change.epoch,
@@ -170,13 +170,29 @@ def create_router(
         except CloudError as error:
             raise HTTPException(404, str(error)) from error
 
+    @router.post("/admin/notice", dependencies=lever)
+    async def notice(
+        instance: Annotated[str, Body()],
+        deadline_s: Annotated[float, Body(ge=0, allow_inf_nan=False)],
+        kind: Annotated[NoticeKind, Body()] = NoticeKind.HARD,
+        source: Annotated[str, Body(min_length=1, max_length=64)] = "operator",
+    ) -> dict[str, Any]:
+        """Passes on that an instance will be taken (`hard`) or is at risk (`soft`); nothing is taken."""
+        try:
+            cloud.warn(instance, deadline_s=deadline_s, kind=kind, source=source)
+        except CloudError as error:
+            raise HTTPException(404, str(error)) from error
+        return {"instance": instance, "deadline_s": deadline_s}
+
     @router.post("/admin/reshape", dependencies=lever)
     async def reshape(
-        pipeline: Annotated[int, Body(ge=1, le=MAX_DEGREE)],
-        tensor: Annotated[int, Body(ge=1, le=MAX_DEGREE)],
+        pipeline: Annotated[int | None, Body(ge=1, le=MAX_DEGREE)],
+        tensor: Annotated[int | None, Body(ge=1, le=MAX_DEGREE)],
         data: Annotated[int | None, Body(ge=1, le=MAX_DEGREE)] = None,
     ) -> dict[str, Any]:
-        """Wants another shape from now on; `data` null: as many replicas as the devices allow."""
+        """Wants another shape from now on; `data` null: as many replicas as the devices allow; all null: the planner chooses."""
+        if (pipeline is None) is not (tensor is None) or (pipeline is None and data is not None):
+            raise HTTPException(422, "give pipeline and tensor, or null for data, pipeline and tensor: then the planner chooses")
         wanted = Reshape(data=data, pipeline=pipeline, tensor=tensor)
         why_not = controller.state.refusal(wanted)
         if why_not is not None:

@@ -1,29 +1,93 @@
-"""New replicas: which device takes which slot, and where the weights that it lacks come from."""
+"""New replicas: which device takes which slot, where the weights that it lacks come from, and when they are sent."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
 
 from spotserve.controller.fleet import Fleet
 from spotserve.controller.records import Replica
 from spotserve.core.cluster import DeviceId, ReplicaState
-from spotserve.core.messages import Activate, HeldSlot, Member
-from spotserve.core.plan import ReplicaPlan
+from spotserve.core.messages import Activate, Address, HeldSlot, Member, WeightTransfer
+from spotserve.core.plan import Placement, ReplicaPlan
+from spotserve.migration.flows import Flow, weight_flows
 from spotserve.migration.matching import place
-from spotserve.migration.scores import Contents, scores_of
-from spotserve.migration.sources import weight_transfers
+from spotserve.migration.schedule import Schedule, schedule
+from spotserve.migration.scores import Contents, Scores, scores_of
+from spotserve.migration.sources import Sourced, choose_sources
 
 
-def bring_up(fleet: Fleet, planned: Sequence[ReplicaPlan], devices: Sequence[DeviceId], plan_epoch: int) -> list[Activate]:
-    """Places replicas on `devices`, of which there must be enough, and adds them to the fleet; what their devices are told."""
-    parallel = {slot: replica.parallel for replica in planned for slot in replica.slots}
-    placement = place(scores_of(fleet.model, planned, devices, contents_of(fleet, len(planned)))).devices
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """New replicas on devices, and the weights that have to move for them."""
+
+    scores: Scores
+    """What was there to be kept."""
+    placement: Placement
+    schedule: Schedule
+    transfers: Mapping[DeviceId, tuple[WeightTransfer, ...]]
+    """What each device takes from others, in the order in which it is to do so; what it lacks besides it reads from files."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Weights that go from device to device."""
+        return sum(transfer.num_bytes for transfers in self.transfers.values() for transfer in transfers)
+
+
+def arrange(fleet: Fleet, planned: Sequence[ReplicaPlan], devices: Sequence[DeviceId], *, now_s: float) -> Arrangement:
+    """Places replicas on `devices`, of which there must be enough. Changes nothing."""
+    types = {instance_id: instance.instance_type for instance_id, instance in fleet.instances.items()}
+    links = fleet.links()
+    network_bytes_per_s = {instance_id: each.network.bytes_per_s for instance_id, each in links.items()}
+    scores = scores_of(
+        fleet.model,
+        planned,
+        devices,
+        contents_of(fleet, max(1, len(planned))),
+        instance_types=types,
+        network_bytes_per_s=network_bytes_per_s,
+    )
+    placement = place(scores)
     ranks = fleet.ranks()
-    transfers = {}
-    if fleet.model is not None:
-        wanted = {device: (slot, parallel[slot]) for slot, device in placement.items()}
-        transfers = weight_transfers(fleet.model, wanted, fleet.held(), ranks)
+    sourced = []
+    if fleet.model is not None and planned:
+        parallel = {replica.replica_id: replica.parallel for replica in planned}
+        sourced = choose_sources(
+            fleet.model,
+            {device: (slot, parallel[slot.replica_id]) for slot, device in placement.devices.items()},
+            fleet.held(),
+            fleet.held(),
+            dying=fleet.deadlines_s(),
+            network_bytes_per_s=network_bytes_per_s,
+        )
+    flows = weight_flows(fleet.model, sourced) if fleet.model is not None else []
+    timed = schedule(flows, links=links, now_s=now_s, deadlines_s=fleet.deadlines_s())
+    return Arrangement(scores, placement, timed, _in_order(dict(zip(flows, sourced, strict=True)), timed, ranks))
+
+
+def _in_order(
+    sourced: Mapping[Flow, Sourced], timed: Schedule, ranks: Mapping[DeviceId, Address]
+) -> dict[DeviceId, tuple[WeightTransfer, ...]]:
+    """What each device takes, layer by layer as they are scheduled. The parts of one layer keep the order in which their sources
+    were chosen: a device takes from each what it still lacks, and that is what was counted."""
+    first_s: dict[tuple[DeviceId, int], float] = {}
+    for each in timed.timed:
+        layer = each.flow.destination, sourced[each.flow].layer
+        first_s[layer] = min(each.start_s, first_s.get(layer, each.start_s))
+    sent = {each.flow for each in timed.timed}
+    transfers: dict[DeviceId, list[WeightTransfer]] = {}
+    for flow, taken in sorted(sourced.items(), key=lambda item: first_s.get((item[1].device, item[1].layer), inf)):
+        if flow in sent:
+            transfer = WeightTransfer(taken.layer, taken.source, ranks[taken.source], taken.num_bytes)
+            transfers.setdefault(taken.device, []).append(transfer)
+    return {device: tuple(listed) for device, listed in transfers.items()}
+
+
+def bring_up(fleet: Fleet, planned: Sequence[ReplicaPlan], arrangement: Arrangement, plan_epoch: int) -> list[Activate]:
+    """Adds replicas to the fleet where `arrangement` has them; what their devices are told."""
+    ranks = fleet.ranks()
     commands = []
     for replica in planned:
-        placed = {slot: placement[slot] for slot in replica.slots}
+        placed = {slot: arrangement.placement.devices[slot] for slot in replica.slots}
         fleet.replicas[replica.replica_id] = Replica(replica, placed)
         members = tuple(Member(slot, device, ranks[device]) for slot, device in placed.items())
         commands += [
@@ -34,7 +98,7 @@ def bring_up(fleet: Fleet, planned: Sequence[ReplicaPlan], devices: Sequence[Dev
                 slot=slot,
                 plan_epoch=plan_epoch,
                 members=members,
-                transfers=transfers.get(device, ()),
+                transfers=arrangement.transfers.get(device, ()),
             )
             for slot, device in placed.items()
         ]

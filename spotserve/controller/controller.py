@@ -53,6 +53,7 @@ class Controller:
                         self._executor.add_gateway(gateway_id, channel, self.state.routing_table())
                     case GatewayReport():
                         self.gateway_reports[message.gateway_id] = message
+                        self.dispatch(message)
                     case Registered():
                         instance_id = message.instance_id
                         self._executor.add_worker(instance_id, channel)

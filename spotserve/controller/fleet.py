@@ -4,14 +4,19 @@ from collections.abc import Iterable, Sequence
 
 from spotserve.controller.records import Instance, Replica
 from spotserve.core.cluster import DeviceId, InstanceState, ReplicaState
+from spotserve.core.hardware import InstanceType, Link
 from spotserve.core.messages import Address, Deactivate, HeldSlot
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Slot
+from spotserve.migration.flows import InstanceLinks
 from spotserve.migration.verdicts import Destination, InstanceSpeed
 from spotserve.planner.planner import number_of
 
 LINK_BYTES_PER_S = 200e6
 """What one worker moves to another until it has been measured: half of what one loopback stream of small frames gives."""
+
+UNKNOWN_LINKS = InstanceLinks(network=Link(0.0, LINK_BYTES_PER_S), inside=Link(0.0, LINK_BYTES_PER_S))
+"""Of a machine that does not say what kind it is."""
 
 
 class Fleet:
@@ -21,10 +26,16 @@ class Fleet:
         self.instances: dict[str, Instance] = {}
         self.replicas: dict[str, Replica] = {}
         self.model: ModelSpec | None = None
+        self.hardware: dict[str, InstanceType] = {}
+        """Kinds of machines by name, as the newest that told has measured."""
         self.dropped: set[str] = set()
         """Replicas that have ended; a worker that still reports a part of one has not heard it yet."""
 
     # ------------------------------------------------------------------ instances and devices
+
+    def note_hardware(self, hardware: InstanceType) -> None:
+        """A machine of this kind says how fast it is."""
+        self.hardware[hardware.name] = hardware
 
     def alive(self) -> list[Instance]:
         """Instances that are not gone."""
@@ -41,6 +52,15 @@ class Fleet:
     def ranks(self) -> dict[DeviceId, Address]:
         """Where the rank of every device listens."""
         return {device: instance.ranks[device.index] for instance in self.alive() for device in instance.devices}
+
+    def links(self) -> dict[str, InstanceLinks]:
+        """How fast bytes get out of, into and about every machine that is not gone."""
+        known = {name: InstanceLinks(each.network, each.device_link) for name, each in self.hardware.items()}
+        return {instance.instance_id: known.get(instance.instance_type, UNKNOWN_LINKS) for instance in self.alive()}
+
+    def deadlines_s(self) -> dict[str, float]:
+        """When machines that are under notice are taken."""
+        return {each.instance_id: each.notice.deadline_s for each in self.alive() if each.notice is not None}
 
     # ------------------------------------------------------------------ replicas
 

@@ -56,8 +56,10 @@ def _cause(event: Event) -> str:
     return f"{type(event).__name__} {about}".strip()
 
 
-def shape_text(data: int | None, pipeline: int, tensor: int) -> str:
+def shape_text(data: int | None, pipeline: int | None, tensor: int | None) -> str:
     """A shape as users write it."""
+    if pipeline is None:
+        return "auto"
     return f"{'auto' if data is None else data},{pipeline},{tensor}"
 
 

@@ -31,6 +31,8 @@ class Instance:
     address: Address | None = None
     ranks: tuple[Address, ...] = ()
     """One for each of its devices."""
+    instance_type: str = ""
+    """Name of its hardware; empty: not known."""
     held: dict[int, tuple[HeldSlot, ...]] = field(default_factory=dict)
     """By device: the slots that it serves or is ready to, or else those whose weights it still has."""
     notice: Notice | None = None

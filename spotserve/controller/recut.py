@@ -4,14 +4,16 @@ Replicas that the plan does not name any more go on serving until every replica 
 these serve and those drain. A plan that cannot be carried out yet is postponed, and tried again with every event.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from spotserve.controller.adoption import incomplete
-from spotserve.controller.bringup import bring_up
+from spotserve.controller.bringup import arrange, bring_up
 from spotserve.controller.changes import Changes
+from spotserve.controller.choosing import Chooser
 from spotserve.controller.fleet import Fleet
 from spotserve.controller.leaving import leave_replaced
-from spotserve.controller.records import Replica
+from spotserve.controller.records import Instance, Replica
 from spotserve.core.cluster import DeviceId, InstanceState, ReplicaState
 from spotserve.core.messages import Command
 from spotserve.core.plan import Parallel, Plan
@@ -26,10 +28,12 @@ TOGETHER_S = 0.5
 
 
 class Recut:
-    """Owner of the plan and of the wanted shape."""
+    """Owner of the plan and of what the user wants."""
 
-    def __init__(self, fleet: Fleet, wanted: Shape, *, max_batch: int) -> None:
+    def __init__(self, fleet: Fleet, wanted: Shape | None, chooser: Chooser, *, max_batch: int) -> None:
+        """`wanted` None: `chooser` says what should run."""
         self._fleet = fleet
+        self._chooser = chooser
         self._max_batch = max_batch
         self._next_replica_number = 1
         self._postponed: str | None = None
@@ -58,15 +62,10 @@ class Recut:
         """Plans for the devices that are there to stay, and brings up what is missing."""
         devices = self._fleet.ready_devices()
         staying = self._staying()
-        target = plan(
-            len(devices),
-            self.plan,
-            wanted=self.wanted,
-            model=self._fleet.model,
-            max_batch=self._max_batch,
-            surviving=[replica.plan for replica in staying],
-            next_replica_number=self._next_replica_number,
-        )
+        target = self._target(devices, staying, now_s)
+        if isinstance(target, str):
+            self._postponed = cause
+            return [], f"{cause}; {target}"
         named = {replica.replica_id for replica in target.replicas}
         abandoned = [
             each
@@ -75,11 +74,13 @@ class Recut:
         ]
         kept = {device for replica in staying if replica.replica_id in named for device in replica.devices.values()}
         going = {replica.replica_id for replica in abandoned}
-        free = [
+        taken = Counter(
             device
-            for device in devices
-            if device not in kept and sum(each.replica_id not in going for each in self._fleet.on_devices([device])) <= 1
-        ]
+            for replica in self._fleet.replicas.values()
+            if replica.replica_id not in going
+            for device in set(replica.devices.values())
+        )
+        free = [device for device in devices if device not in kept and taken[device] <= 1]
         missing = [replica for replica in target.replicas if replica.replica_id not in self._fleet.replicas]
         obstacle = self._obstacle(target, len(free), now_s)
         if obstacle is not None:
@@ -94,18 +95,33 @@ class Recut:
             if replica.replica_id not in named
             and (replica.state is ReplicaState.SERVING or (replica.leaving is not None and not replica.leaving.is_told))
         ]
-        activations = bring_up(self._fleet, missing, free, target.epoch) if missing else []
+        arrangement = arrange(self._fleet, missing, free, now_s=now_s)
+        activations = bring_up(self._fleet, missing, arrangement, target.epoch)
         if target is not self.plan and (missing or outgoing):
             self.changes.begin(
                 epoch=target.epoch,
                 reason=cause,
                 incoming=[replica.replica_id for replica in missing],
                 outgoing=outgoing,
-                planned_bytes=sum(transfer.num_bytes for each in activations for transfer in each.transfers),
+                planned_bytes=arrangement.num_bytes,
                 now_s=now_s,
             )
         self.plan = target
         return [*commands, *activations], f"{cause}; {target.reason}"
+
+    def _target(self, devices: Sequence[DeviceId], staying: Sequence[Replica], now_s: float) -> Plan | str:
+        """What should run; or why nothing can be planned yet."""
+        if self.wanted is None:
+            return self._chooser.choose(staying, self.plan, next_replica_number=self._next_replica_number, now_s=now_s)
+        return plan(
+            len(devices),
+            self.plan,
+            wanted=self.wanted,
+            model=self._fleet.model,
+            max_batch=self._max_batch,
+            surviving=[replica.plan for replica in staying],
+            next_replica_number=self._next_replica_number,
+        )
 
     def _staying(self) -> list[Replica]:
         """Replicas that may be kept, those that serve first, oldest first. Of two of one shape that share a device, which happens
@@ -127,15 +143,20 @@ class Recut:
         num_missing = sum(each.parallel.num_slots for each in target.replicas if each.replica_id not in self._fleet.replicas)
         if num_missing > num_free:
             return "waiting for the devices of replicas that drain"
-        makes_do = any(
-            (each.parallel.pipeline, each.parallel.tensor) != (self.wanted.pipeline, self.wanted.tensor) for each in target.replicas
-        )
         alive = self._fleet.alive()
-        if not makes_do or num_missing == 0 or any(each.state is InstanceState.DRAINING for each in alive):
+        if not self._makes_do(target, alive) or num_missing == 0 or any(each.state is InstanceState.DRAINING for each in alive):
             return None
         until_s = [each.launched_s + (PATIENCE_S if each.address is None else TOGETHER_S) for each in alive]
         self.retry_s = min((each for each in until_s if now_s < each), default=None)
         return "waiting for machines that are coming rather than making do with less" if self.retry_s is not None else None
+
+    def _makes_do(self, target: Plan, alive: Sequence[Instance]) -> bool:
+        """Whether a plan is for want of machines that may be coming: another shape than the wanted one; or, where the planner
+        chooses, the first plan of a fleet that is not there yet."""
+        if self.wanted is None:
+            return self.plan is None and any(each.address is None for each in alive)
+        wanted = (self.wanted.pipeline, self.wanted.tensor)
+        return any((each.parallel.pipeline, each.parallel.tensor) != wanted for each in target.replicas)
 
     # ------------------------------------------------------------------ switching
 
@@ -152,8 +173,9 @@ class Recut:
         for replica in ready:
             replica.move_to(ReplicaState.SERVING)
             replica.serving_since_s = now_s
-            if (replica.plan.parallel.pipeline, replica.plan.parallel.tensor) == (self.wanted.pipeline, self.wanted.tensor):
-                self._proven = self.wanted
+            parallel, wanted = replica.plan.parallel, self.wanted
+            if wanted is not None and (parallel.pipeline, parallel.tensor) == (wanted.pipeline, wanted.tensor):
+                self._proven = wanted
         for replica in replaced:
             replica.move_to(ReplicaState.DRAINING)
             replica.leaving = leave_replaced(now_s)
@@ -164,8 +186,12 @@ class Recut:
         """Closes the records of changes that are over."""
         self.changes.settle({replica.replica_id for replica in self.plan.replicas} if self.plan is not None else (), now_s)
 
-    def give_up_shape(self) -> str | None:
-        """The wanted shape cannot be brought up: back to the one that serves. What was done, None when there is none."""
+    def give_up_shape(self, failed: Parallel, reason: str) -> str | None:
+        """A shape cannot be brought up: back to the wanted one that serves, or to another that the planner chooses. What was done;
+        None when there is none."""
+        if self.wanted is None:
+            self._chooser.refuse(failed, reason)
+            return "the planner chooses among other shapes"
         serving = self._fleet.in_state(ReplicaState.SERVING)
         if self._proven is None or self._proven == self.wanted or not serving:
             return None

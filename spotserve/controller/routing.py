@@ -10,7 +10,7 @@ class Routing:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._published: RoutingTable | None = None
+        self._published = RoutingTable(version=0, replicas=(), model=None)
 
     def table(self) -> RoutingTable:
         """Replicas that gateways may talk to; those that drain are kept in it, so that their last tokens arrive.
@@ -23,13 +23,12 @@ class Routing:
             leader = self._fleet.leader_of(replica)
             if replica.state is not ReplicaState.LOADING and leader is not None:
                 routes.append(replica.route(leader))
-        version = self._published.version if self._published is not None else 0
-        return RoutingTable(version=version, replicas=tuple(routes), model=self._fleet.model)
+        return RoutingTable(version=self._published.version, replicas=tuple(routes), model=self._fleet.model)
 
     def publish(self) -> list[Publish]:
         """The table, when it has changed."""
         table = self.table()
-        if self._published is not None and table == self._published:
+        if table == self._published:
             return []
         self._published = RoutingTable(version=table.version + 1, replicas=table.replicas, model=table.model)
         return [Publish(table=self._published)]

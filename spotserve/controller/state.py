@@ -10,10 +10,13 @@ from collections.abc import Iterable
 
 from spotserve.config import ControllerSettings
 from spotserve.controller.adoption import adopt, adopt_slot, incomplete
+from spotserve.controller.choosing import Alternative, Chooser
+from spotserve.controller.demand import Demand
 from spotserve.controller.fleet import Fleet
 from spotserve.controller.journal import Journal, shape_text
 from spotserve.controller.leaving import deadline_of, tell
 from spotserve.controller.notices import REVERT_AFTER_S, announce, revert
+from spotserve.controller.proposals import EngineTerms
 from spotserve.controller.records import Change, Decision, FleetEvent, Instance, Replica
 from spotserve.controller.recut import Recut
 from spotserve.controller.retries import Retries
@@ -22,15 +25,18 @@ from spotserve.core.cluster import DeviceId, InstanceState, Notice, NoticeKind, 
 from spotserve.core.messages import (
     TERMINATED,
     Activate,
+    Calibrated,
     Command,
     Deactivate,
     Drain,
     Drained,
     Event,
+    GatewayReport,
     Heartbeat,
     InstanceLaunched,
     InstanceLost,
     Launch,
+    ModelRead,
     NoticeReceived,
     Publish,
     Registered,
@@ -46,7 +52,9 @@ from spotserve.core.messages import (
 )
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Plan
+from spotserve.planner.hazard import HazardBook
 from spotserve.planner.planner import Shape, refusal
+from spotserve.planner.workload import Lengths, Workload
 
 SILENCE_S = 3.0
 """An instance that has not been heard of for so long hangs: it is ended, so that its sequences get another owner."""
@@ -59,9 +67,12 @@ drains before anything else is done about it; and a device leaves a slot before 
 class ControllerState:
     """The fleet as the controller knows it, and what it wants of it."""
 
-    def __init__(self, settings: ControllerSettings, *, max_batch: int) -> None:
+    def __init__(self, settings: ControllerSettings, engine: EngineTerms) -> None:
         self._fleet = Fleet()
-        self._recut = Recut(self._fleet, Shape(settings.data, settings.pipeline, settings.tensor), max_batch=max_batch)
+        self._demand = Demand(_expected(settings))
+        self._chooser = Chooser(self._fleet, self._demand, settings, engine)
+        wanted = None if settings.planning == "auto" else Shape(settings.data, settings.pipeline, settings.tensor)
+        self._recut = Recut(self._fleet, wanted, self._chooser, max_batch=engine.max_batch)
         self._routing = Routing(self._fleet)
         self._journal = Journal()
         self._retries = Retries()
@@ -92,9 +103,19 @@ class ControllerState:
         return self._recut.plan
 
     @property
-    def wanted(self) -> Shape:
-        """The shape that the user wants."""
+    def wanted(self) -> Shape | None:
+        """The shape that the user wants; None: the planner chooses."""
         return self._recut.wanted
+
+    @property
+    def alternatives(self) -> tuple[Alternative, ...]:
+        """Plans that the planner weighed last, the chosen one first."""
+        return self._chooser.alternatives
+
+    @property
+    def hazards(self) -> HazardBook:
+        """What is believed of the risk of every machine."""
+        return self._chooser.hazards
 
     @property
     def changes(self) -> deque[Change]:
@@ -117,7 +138,9 @@ class ControllerState:
 
     def refusal(self, reshape: Reshape) -> str | None:
         """Why this shape cannot be had now; None when it can."""
-        shape = Shape(reshape.data, reshape.pipeline, reshape.tensor)
+        shape = wanted_shape(reshape)
+        if shape is None:
+            return self._chooser.blindness()
         return refusal(shape, len(self._fleet.ready_devices()), self._fleet.model)
 
     @property
@@ -128,6 +151,7 @@ class ControllerState:
         due += [instance.notice.deadline_s + REVERT_AFTER_S for instance in alive if instance.notice is not None]
         waits = [deadline_of(replica.leaving) for replica in replicas if replica.leaving is not None]
         waits += [replica.complete_by_s for replica in replicas]
+        waits.append(self._chooser.look_s if self.wanted is None else None)
         return min([*due, *(each for each in (*waits, self._retries.due_s, self._recut.retry_s) if each is not None)], default=None)
 
     # ------------------------------------------------------------------ one turn
@@ -139,12 +163,16 @@ class ControllerState:
         settled = self._recut.settle(now_s)
         drains, verdicts = tell(self._fleet, now_s)
         self._recut.note_ends(now_s)
-        commands = [*commands, *retried, *drains, *self._routing.publish()]
+        commands = [each for each in (*commands, *retried, *drains, *self._routing.publish()) if self._is_still_meant(each)]
         commands.sort(key=lambda command: _ORDER.index(type(command)))
         reason = "; ".join(each for each in (reason, retry_reason, settled, *verdicts) if each)
         if commands or reason:
             self._journal.note_decision(event, commands, reason, now_s)
         return commands
+
+    def _is_still_meant(self, command: Command) -> bool:
+        """What a turn begins, a later part of it may have given up: that is not begun."""
+        return not isinstance(command, Activate) or command.replica.replica_id in self.replicas
 
     def _react(self, event: Event, now_s: float) -> tuple[list[Command], str]:
         match event:
@@ -154,6 +182,11 @@ class ControllerState:
                 return self._registered(event, now_s)
             case Heartbeat():
                 return self._heard(event, now_s)
+            case Calibrated() | ModelRead():
+                return self._told(event, now_s)
+            case GatewayReport():
+                self._demand.note(event, now_s)
+                return [], ""
             case SlotReady():
                 return self._ready(event, now_s)
             case SlotFailed():
@@ -190,10 +223,15 @@ class ControllerState:
             known = Instance(event.instance_id, spot=event.spot, zone=event.zone, usd_per_hour=0.0)
             self.instances[event.instance_id] = known
         known.pid, known.address, known.ranks = event.pid, event.address, event.ranks
+        if event.hardware is not None:
+            known.instance_type = event.hardware.name
+            self._fleet.note_hardware(event.hardware)
         known.held = {index: tuple(each for each in event.held if each.device_index == index) for index in range(len(event.ranks))}
         known.last_heard_s = now_s
         if known.state is InstanceState.PENDING:
             known.move_to(InstanceState.READY)
+        if known.spot:
+            self._chooser.hazards.note_joined(known.instance_id, known.instance_type, known.zone, now_s)
         self._journal.note_event("registered", event.instance_id, now_s)
         self._fleet.model = event.model or self._fleet.model
         names = {replica.replica_id for replica in event.replicas} | {each.slot.replica_id for each in event.held}
@@ -207,6 +245,19 @@ class ControllerState:
         if instance is not None:
             instance.heartbeat, instance.last_heard_s = event, now_s
         return [], ""
+
+    def _told(self, event: Calibrated | ModelRead, now_s: float) -> tuple[list[Command], str]:
+        """A worker has found out what the planner needs to know."""
+        if isinstance(event, Calibrated):
+            self._fleet.note_hardware(event.hardware)
+            return self._recut.replan(f"{event.instance_id} has measured its devices", now_s) if self.wanted is None else ([], "")
+        if event.model is None:
+            self._journal.note_event("failed", event.instance_id, now_s, reason=event.reason)
+            return [], f"{event.instance_id} cannot serve the model: {event.reason}"
+        known, self._fleet.model = self._fleet.model, event.model
+        if known == event.model or self.wanted is not None:
+            return [], ""
+        return self._recut.replan(f"{event.instance_id} has read the model", now_s)
 
     # ------------------------------------------------------------------ slots
 
@@ -237,7 +288,7 @@ class ControllerState:
         commands: list[Command] = [*self._fleet.drop(replica, but=event.slot)]
         if event.is_permanent:
             told = f"{replica.replica_id} could not be brought up: {event.reason}"
-            given_up = self._recut.give_up_shape()
+            given_up = self._recut.give_up_shape(replica.plan.parallel, event.reason)
             replans, reason = self._recut.replan(given_up, now_s) if given_up is not None else ([], "")
             return commands + replans, f"{told}; {reason}" if reason else told
         told = f"{replica.replica_id} broke: {event.reason}"
@@ -252,7 +303,7 @@ class ControllerState:
         why_not = self.refusal(event)
         if why_not is not None:
             return [], f"{shape} is refused: {why_not}"
-        self._recut.wanted = Shape(event.data, event.pipeline, event.tensor)
+        self._recut.wanted = wanted_shape(event)
         self._journal.note_event("reshape", "", now_s, shape=shape)
         return self._recut.replan(f"{shape} is wanted", now_s)
 
@@ -264,7 +315,9 @@ class ControllerState:
             return [], ""
         self._known_notices.add(notice.notice_id)
         if notice.kind is NoticeKind.SOFT:
+            self._chooser.hazards.note_soft(notice.instance_id, now_s)
             return [], f"{notice.instance_id} is at risk; nothing is drained for a soft signal"
+        self._chooser.hazards.note_notice(notice.instance_id, now_s)
         self._journal.note_event("notice", notice.instance_id, now_s, deadline_s=notice.deadline_s)
         commands: list[Command] = [*announce(self._fleet, instance, notice, now_s)]
         replans, reason = self._recut.replan(f"{notice.instance_id} will be taken in {notice.deadline_s - now_s:.1f} s", now_s)
@@ -278,6 +331,8 @@ class ControllerState:
         instance.move_to(InstanceState.GONE)
         instance.address = None
         kind = "terminated" if event.reason == TERMINATED else "lost"
+        note_end = self._chooser.hazards.note_left if event.reason == TERMINATED else self._chooser.hazards.note_loss
+        note_end(event.instance_id, now_s)
         self._journal.note_event(kind, event.instance_id, now_s, reason=event.reason, notice=had_notice)
         commands = self._drop_all(self._fleet.replicas_on(event.instance_id))
         replans, reason = self._recut.replan(f"{event.instance_id} is gone ({event.reason})", now_s)
@@ -316,6 +371,7 @@ class ControllerState:
                 commands += [Terminate(instance_id=instance.instance_id), Launch(count=1, spot=instance.spot), *lost]
                 reasons.append(reason)
             elif instance.notice is not None and now_s >= instance.notice.deadline_s + REVERT_AFTER_S:
+                self._chooser.hazards.note_spared(instance.instance_id, now_s)
                 self._journal.note_event("undrained", instance.instance_id, now_s)
                 undrains = revert(self._fleet, instance, now_s)
                 replans, _ = self._recut.replan(f"{instance.instance_id} stays", now_s)
@@ -335,10 +391,33 @@ class ControllerState:
             replans, reason = self._recut.replan("trying again", now_s)
             commands += replans
             reasons.append(reason)
+        if self.wanted is None and self._chooser.look_s is not None and now_s >= self._chooser.look_s:
+            replans, reason = self._recut.replan("a look at the whole fleet", now_s)
+            commands += replans
+            reasons += [reason] if replans else []
         return commands, "; ".join(reasons)
 
     def _drop_all(self, replicas: Iterable[Replica]) -> list[Command]:
         return [command for replica in replicas for command in self._fleet.drop(replica)]
+
+
+def _expected(settings: ControllerSettings) -> Workload | None:
+    """The load that the user expects; None: it is to be measured."""
+    if settings.rate_rps is None:
+        return None
+    return Workload(
+        rate_rps=settings.rate_rps,
+        prompt=Lengths.fixed(settings.prompt_tokens),
+        output=Lengths.fixed(settings.output_tokens),
+        gap_cv=settings.gap_cv,
+    )
+
+
+def wanted_shape(reshape: Reshape) -> Shape | None:
+    """What the user asks for; None: what the planner chooses."""
+    if reshape.pipeline is None or reshape.tensor is None:
+        return None
+    return Shape(reshape.data, reshape.pipeline, reshape.tensor)
 
 
 def _is_overdue(replica: Replica, now_s: float) -> bool:

@@ -21,6 +21,7 @@ from typing import TypeAlias
 import msgspec
 
 from spotserve.core.cluster import DeviceId, Notice, ReplicaState
+from spotserve.core.hardware import InstanceType
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel, ReplicaPlan, Slot
 from spotserve.core.request import Request, TokenDelta
@@ -79,7 +80,25 @@ class Registered(Message, frozen=True):
     """Replicas whose slots it already serves."""
     held: tuple[HeldSlot, ...] = ()
     model: ModelSpec | None = None
-    """The model it holds, once it holds one."""
+    """The model that it is to serve, once it has read what that is."""
+    hardware: InstanceType | None = None
+    """What kind of machine it is; None: it does not know."""
+
+
+class Calibrated(Message, frozen=True):
+    """A worker has measured how fast its devices are."""
+
+    instance_id: str
+    hardware: InstanceType
+
+
+class ModelRead(Message, frozen=True):
+    """A worker has read what the model is that it is to serve, or cannot; it holds no weights of it yet."""
+
+    instance_id: str
+    model: ModelSpec | None
+    reason: str = ""
+    """Why not, when `model` is None."""
 
 
 class Heartbeat(Message, frozen=True):
@@ -143,7 +162,7 @@ class Drained(Message, frozen=True):
     replica_id: str
 
 
-WorkerEvent: TypeAlias = Registered | Heartbeat | SlotReady | SlotFailed | SequenceMoved | Drained
+WorkerEvent: TypeAlias = Registered | Calibrated | ModelRead | Heartbeat | SlotReady | SlotFailed | SequenceMoved | Drained
 
 # --------------------------------------------------------------------------- cloud -> controller
 
@@ -175,12 +194,16 @@ class NoticeReceived(Message, frozen=True):
 
 
 class Reshape(Message, frozen=True):
-    """The user wants another shape from now on."""
+    """The user wants another shape from now on, or leaves it to the planner."""
 
     data: int | None
     """Replicas; None: as many as the devices allow."""
-    pipeline: int
-    tensor: int
+    pipeline: int | None
+    """Stages; None, and `tensor` None: the planner chooses shapes."""
+    tensor: int | None
+
+    def __post_init__(self) -> None:
+        assert (self.pipeline is None) is (self.tensor is None) and (self.pipeline is not None or self.data is None)
 
 
 class Tick(Message, frozen=True):
@@ -344,8 +367,15 @@ class GatewayAttached(Message, frozen=True):
     gateway_id: str
 
 
+class Served(msgspec.Struct, frozen=True, array_like=True):
+    """Size of one sequence that was answered in full."""
+
+    prompt_tokens: int
+    output_tokens: int
+
+
 class GatewayReport(Message, frozen=True):
-    """Requests of one gateway, by state, for `status`."""
+    """What one gateway has to do: sequences by state now, and what came and went since its last report."""
 
     gateway_id: str
     queued: int
@@ -353,6 +383,10 @@ class GatewayReport(Message, frozen=True):
     suspended: int
     finished: int
     lost: int
+    arrived: int = 0
+    """Sequences accepted since the last report."""
+    served: tuple[Served, ...] = ()
+    """Some of the sequences answered since the last report: the newest ones when there are many."""
 
 
 class SequenceResumed(Message, frozen=True):
@@ -482,7 +516,7 @@ PeerMessage: TypeAlias = HandOver | HandOverAnswered
 WorkerInbound: TypeAlias = GatewayCommand | HandOver
 """What may arrive at a worker's listening port."""
 
-Event: TypeAlias = WorkerEvent | CloudEvent | SequenceResumed
+Event: TypeAlias = WorkerEvent | CloudEvent | SequenceResumed | GatewayReport
 """What the controller's state handles."""
 
 ControllerInbound: TypeAlias = WorkerEvent | GatewayMessage

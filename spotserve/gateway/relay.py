@@ -8,7 +8,7 @@ knows that replicas can die; nothing here knows text.
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -29,6 +29,7 @@ from spotserve.core.messages import (
     Released,
     RoutingTable,
     SequenceResumed,
+    Served,
     Submit,
     WorkerReply,
 )
@@ -48,6 +49,9 @@ LINKS_TIMEOUT_S = 2.0
 
 RETRY_RELEASED_S = 0.1
 """Pause before a replica that let go of a sequence is asked again, when there is no other."""
+
+SERVED_PER_REPORT = 64
+"""Sizes of answered sequences that one report tells of: enough to learn a distribution, never a burden."""
 
 KEEP_DELIVERED_S = 10.0
 """How long a delivered answer stays in memory."""
@@ -91,6 +95,8 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished = 0
         self._lost = 0
+        self._arrived = 0
+        self._served: deque[Served] = deque(maxlen=SERVED_PER_REPORT)
 
     # ------------------------------------------------------------------ what the routes need
 
@@ -116,6 +122,7 @@ class Relay:
             raise Overloaded(f"{unfinished - capacity} sequences wait for a place already", retry_after_s=1.0)
         self._start_task(self._keep_record(call))
         self._calls[call.call_id] = call
+        self._arrived += len(call.requests)
         for request in call.requests:
             self._transcripts[request.request_id] = Transcript(request)
         for request in call.requests:
@@ -172,7 +179,9 @@ class Relay:
         self._dispatch_waiting()
 
     def report(self, gateway_id: str) -> GatewayReport:
-        """Sequences by state."""
+        """Sequences by state, and what came and went since this was last asked."""
+        arrived, self._arrived = self._arrived, 0
+        served, self._served = tuple(self._served), deque(maxlen=SERVED_PER_REPORT)
         count = dict.fromkeys(RequestState, 0)
         for transcript in self._transcripts.values():
             count[transcript.state] += 1
@@ -183,6 +192,8 @@ class Relay:
             suspended=count[RequestState.SUSPENDED],
             finished=self._finished,
             lost=self._lost,
+            arrived=arrived,
+            served=served,
         )
 
     async def close(self) -> None:
@@ -447,6 +458,8 @@ class Relay:
         self._metrics.sequence_seconds.observe(self._clock.now_s() - transcript.request.arrival_s)
         if transcript.finish_reason is FinishReason.FAILED:
             self._lost += 1
+        elif transcript.token_ids:
+            self._served.append(Served(len(transcript.request.prompt_token_ids), len(transcript.token_ids)))
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

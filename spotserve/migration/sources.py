@@ -6,8 +6,8 @@ busiest port is done earliest: the largest layers first, each from where it ends
 choices while that helps. Sources of the same instance come before all others, because their bytes cross no network. Ports are
 full duplex: what an instance sends and what it receives do not wait for each other.
 
-What only instances that will be taken have is fetched first, while it is there. Beyond that a machine that will be taken is a
-source like any other: nothing is lost with it that files do not have.
+What an instance that will be taken has is fetched from it only if nobody who stays has it: those last copies, and KV, are what its
+port is for while it is there, and what is not sent in time is then missing nowhere else.
 
 Pure: same arguments, same transfers.
 """
@@ -42,7 +42,7 @@ class Sourced:
     source: DeviceId
     num_bytes: int
     is_last_copy: bool
-    """Whether it has bytes that only instances that will be taken have."""
+    """Whether only instances that will be taken have these bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,6 @@ class _Lack:
     layer: int
     missing: _Units
     num_bytes: int
-    is_last_copy: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +71,8 @@ def weight_transfers(
     dying: Collection[str] = (),
     network_bytes_per_s: Mapping[str, float] | None = None,
 ) -> dict[DeviceId, tuple[WeightTransfer, ...]]:
-    """What each device of `wanted` takes from whom, in the order in which it is to do so: what only `dying` instances have, then
-    the rest, each layer by layer from the front.
+    """What each device of `wanted` takes from whom, in the order in which it is to do so: layers that have bytes which only `dying`
+    instances have, then the rest, each from the front.
 
     Args:
         model: what is served.
@@ -104,8 +103,8 @@ def choose_sources(
 ) -> list[Sourced]:
     """The same, as scheduling wants to know it; `sources` are what can be reached of `held`."""
     stock = _Stock(model, sources)
-    lacks = [lack for device in sorted(wanted) for lack in _lacks(stock, device, wanted[device], held, frozenset(dying))]
-    ports = _Ports(network_bytes_per_s or {})
+    lacks = [lack for device in sorted(wanted) for lack in _lacks(stock, device, wanted[device], held)]
+    ports = _Ports(network_bytes_per_s or {}, frozenset(dying))
     taken: dict[int, tuple[_Taken, ...]] = {}
     largest_first = sorted(range(len(lacks)), key=lambda index: (-lacks[index].num_bytes, index))
     for index in largest_first:
@@ -115,9 +114,17 @@ def choose_sources(
         improved = [_improves(stock, lacks[index], index, taken, ports) for index in largest_first]
         if not any(improved):
             break
-    ordered = sorted(range(len(lacks)), key=lambda index: (lacks[index].device, not lacks[index].is_last_copy, index))
+    last_copies = {index: any(each.source.instance_id in dying for each in taken[index]) for index in taken}
+    ordered = sorted(range(len(lacks)), key=lambda index: (lacks[index].device, not last_copies[index], index))
     return [
-        Sourced(lacks[index].device, lacks[index].slot, lacks[index].layer, each.source, each.num_bytes, lacks[index].is_last_copy)
+        Sourced(
+            lacks[index].device,
+            lacks[index].slot,
+            lacks[index].layer,
+            each.source,
+            each.num_bytes,
+            is_last_copy=each.source.instance_id in dying,
+        )
         for index in ordered
         for each in taken[index]
     ]
@@ -128,20 +135,19 @@ def _lacks(
     device: DeviceId,
     wanted: tuple[Slot, Parallel],
     held: Mapping[DeviceId, Sequence[HeldSlot]],
-    dying: frozenset[str],
 ) -> Iterator[_Lack]:
     """What a device lacks of each layer of its slot and somebody else has."""
     slot, parallel = wanted
     for layer in layers_held(stock.model, parallel, slot.stage):
         missing = stock.missing(layer, parallel.tensor, slot.shard, _kind(stock.model, held.get(device, ()), layer))
-        available = stock.available(layer, missing, device, frozenset())
+        available = stock.available(layer, missing, device)
         if available > 0:
-            is_last_copy = bool(dying) and stock.available(layer, missing, device, dying) < available
-            yield _Lack(device, slot, layer, missing, available, is_last_copy)
+            yield _Lack(device, slot, layer, missing, available)
 
 
 def _choose(stock: "_Stock", lack: _Lack, ports: "_Ports") -> tuple[_Taken, ...]:
-    """Source after source for one layer of one device: from the same instance first, then from whose port is free first."""
+    """Source after source for one layer of one device: from who stays before who goes, from the same instance before others,
+    then from whose port is free first."""
     missing, taken = lack.missing, []
     kinds = dict(stock.layers[lack.layer])
     while any(missing.values()):
@@ -177,18 +183,20 @@ def _improves(stock: "_Stock", lack: _Lack, index: int, taken: dict[int, tuple[_
 class _Ports:
     """How long ports are busy with what has been chosen so far: what instances send, and devices to their neighbours."""
 
-    def __init__(self, network_bytes_per_s: Mapping[str, float]) -> None:
+    def __init__(self, network_bytes_per_s: Mapping[str, float], dying: frozenset[str]) -> None:
+        self._dying = dying
         self._speeds = network_bytes_per_s
         self._usual = min(network_bytes_per_s.values(), default=1.0)
         self._sending: dict[str | DeviceId, float] = {}
         """By instance over the network, by device inside its instance; the latter in bytes."""
         self._given: dict[DeviceId, int] = {}
 
-    def when(self, source: DeviceId, device: DeviceId, num_bytes: int) -> tuple[bool, float, int]:
-        """How good a source is, the smallest first: whether it crosses the network, when it would have sent all, what it gives."""
+    def when(self, source: DeviceId, device: DeviceId, num_bytes: int) -> tuple[bool, bool, float, int]:
+        """How good a source is, the smallest first: whether it goes, whether it crosses the network, when it would have sent all,
+        what it gives."""
         port = _port(source, device)
         busy = self._sending.get(port, 0.0) + self._cost(source, device, num_bytes)
-        return port == source.instance_id, busy, self._given.get(source, 0)
+        return source.instance_id in self._dying, port == source.instance_id, busy, self._given.get(source, 0)
 
     def add(self, device: DeviceId, taken: Sequence[_Taken], *, sign: int = 1) -> None:
         """Notes transfers to `device`, or with `sign` -1 that they are not made."""
@@ -246,11 +254,11 @@ class _Stock:
         rest = self.without(missing, kind)
         return sum((count(missing[num_units]) - count(rest[num_units])) * each[num_units] for num_units in each)
 
-    def available(self, layer: int, missing: _Units, device: DeviceId, without: frozenset[str]) -> int:
-        """Bytes of what is missing that devices other than `device` have, those of the instances `without` aside."""
+    def available(self, layer: int, missing: _Units, device: DeviceId) -> int:
+        """Bytes of what is missing that devices other than `device` have."""
         rest = missing
         for kind, devices in self.layers.get(layer, {}).items():
-            if any(other != device and other.instance_id not in without for other in devices):
+            if any(other != device for other in devices):
                 rest = self.without(rest, kind)
         each = unit_bytes(portions_of(self.model, layer))
         return sum((count(missing[num_units]) - count(rest[num_units])) * each[num_units] for num_units in each)

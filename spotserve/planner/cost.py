@@ -16,7 +16,7 @@ from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel
 from spotserve.planner.chunks import num_pairs
 from spotserve.planner.collectives import hops
-from spotserve.planner.memory import kv_tokens, stage_weight_bytes
+from spotserve.planner.memory import STEP_TOKENS, kv_tokens, stage_weight_bytes
 from spotserve.planner.pipeline import cycle_s, through_s
 from spotserve.planner.prefill import num_slices
 from spotserve.planner.roofline import StepCost
@@ -100,15 +100,16 @@ class ReplicaCost:
 
 
 @lru_cache(maxsize=65_536)
-def replica_cost(model: ModelSpec, parallel: Parallel, hardware: InstanceType) -> ReplicaCost | str:
+def replica_cost(model: ModelSpec, parallel: Parallel, hardware: InstanceType, step_tokens: int = STEP_TOKENS) -> ReplicaCost | str:
     """The cost of a replica of shape `parallel` on machines of one type; or why there can be none.
 
-    Stages are cut as `parallel` says, or else as `core.cut` divides them.
+    Stages are cut as `parallel` says, or else as `core.cut` divides them. `step_tokens` is the largest step, whose activations
+    must fit.
     """
     problem = misfit(model, parallel.pipeline, parallel.tensor)
     if problem is not None:
         return problem
-    room = kv_tokens(model, parallel, hardware.device)
+    room = kv_tokens(model, parallel, hardware.device, step_tokens)
     if isinstance(room, str):
         return room
     return ReplicaCost(

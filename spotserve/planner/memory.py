@@ -32,13 +32,13 @@ def stage_weight_bytes(model: ModelSpec, parallel: Parallel, stage: int) -> int:
     return layers * held_bytes(model.layer, parallel.tensor, 0) + held_bytes(ends, parallel.tensor, 0)
 
 
-def activation_bytes(model: ModelSpec, parallel: Parallel) -> int:
+def activation_bytes(model: ModelSpec, parallel: Parallel, step_tokens: int = STEP_TOKENS) -> int:
     """What a step holds besides weights and KV: the states of its tokens, and the logits of a whole batch as 32-bit numbers."""
-    states = STEP_TOKENS * STATES_PER_TOKEN * model.hidden_size * model.value_bytes
+    states = step_tokens * STATES_PER_TOKEN * model.hidden_size * model.value_bytes
     return states + parallel.max_batch * model.vocabulary_size * 4
 
 
-def kv_tokens(model: ModelSpec, parallel: Parallel, device: DeviceType) -> int | str:
+def kv_tokens(model: ModelSpec, parallel: Parallel, device: DeviceType, step_tokens: int = STEP_TOKENS) -> int | str:
     """Tokens that the KV cache of a replica holds, as many as its fullest device; or why it cannot hold any.
 
     `misfit` must have said that the model can be cut so.
@@ -48,7 +48,7 @@ def kv_tokens(model: ModelSpec, parallel: Parallel, device: DeviceType) -> int |
     each = 2 * model.num_kv_heads * held * model.head_size * model.value_bytes
     room: int | None = None
     for stage, layers in enumerate(layers_of(model, parallel)):
-        needed = stage_weight_bytes(model, parallel, stage) + activation_bytes(model, parallel)
+        needed = stage_weight_bytes(model, parallel, stage) + activation_bytes(model, parallel, step_tokens)
         tokens = int((usable - needed) // (len(layers) * each))
         if tokens < 1:
             return _too_large(model, parallel, device, stage, needed + round(len(layers) * each), usable)
@@ -66,4 +66,4 @@ def _too_large(model: ModelSpec, parallel: Parallel, device: DeviceType, stage: 
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 
@@ -28,6 +28,10 @@ class Lengths:
         ordered = sorted(tokens)
         shares = [index / (num_points - 1) for index in range(num_points)]
         return cls(tuple((share, ordered[round(share * (len(ordered) - 1))]) for share in shares))
+
+    def capped(self, most: float) -> "Lengths":
+        """The same, with nothing longer than `most` tokens."""
+        return Lengths(tuple((share, min(tokens, most)) for share, tokens in self.points))
 
     @property
     def mean(self) -> float:
@@ -60,6 +64,15 @@ class Workload:
 
     def __post_init__(self) -> None:
         assert self.rate_rps >= 0 and self.gap_cv >= 0 and self.prompt.mean > 0 and self.output.mean >= 1
+
+    def within(self, context_tokens: int) -> "Workload":
+        """The same, as far as a model of this context can serve it: the longest prompt and answer together fit."""
+        longest = self.prompt.quantile(1.0) + self.output.quantile(1.0)
+        if longest <= context_tokens:
+            return self
+        share = context_tokens / longest
+        prompt = self.prompt.capped(share * self.prompt.quantile(1.0))
+        return replace(self, prompt=prompt, output=self.output.capped(max(1.0, share * self.output.quantile(1.0))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,14 @@ from spotserve.core.messages import (
     Activate,
     Address,
     Attach,
+    Calibrated,
     Cancel,
     Claim,
     Deactivate,
     Drain,
     Drained,
     HandOver,
+    ModelRead,
     Registered,
     Stop,
     Submit,
@@ -38,6 +40,8 @@ from spotserve.core.messages import (
 from spotserve.system_clock import SystemClock
 from spotserve.system_folder import SystemFolder, SystemRecord, process_name
 from spotserve.wire import Channel, bound_port, connect, listen
+from spotserve.worker.calibrate import calibrated
+from spotserve.worker.devices import gently
 from spotserve.worker.drain import carry_out
 from spotserve.worker.options import WorkerOptions
 from spotserve.worker.rank_process import fork_ranks
@@ -79,6 +83,8 @@ class WorkerProcess:
                 report=self._report,
                 on_failure=self.end,
             )
+        self._hardware = options.hardware
+        self._unprepared = True
         self._drains: dict[str, asyncio.Task[None]] = {}
         self._jobs: set[asyncio.Task[None]] = set()
         self.address = Address("", 0)
@@ -137,6 +143,9 @@ class WorkerProcess:
         channel = await connect(record.controller.host, record.controller.port, secret=self._secret, inbound=WorkerCommand)
         channel.send(self._registration())
         self._controller = channel
+        if self._unprepared:
+            self._unprepared = False
+            self._start_job(self.prepare_to_be_planned())
         try:
             while True:
                 self._obey(await channel.receive())
@@ -154,7 +163,22 @@ class WorkerProcess:
             replicas=self._replicas.serving,
             held=self._replicas.held,
             model=self._replicas.model,
+            hardware=self._hardware,
         )
+
+    async def prepare_to_be_planned(self) -> None:
+        """Reads what the model is and measures the devices, so that the controller can plan with both; says what it has found."""
+        if self._hardware is None or isinstance(self._replicas, RemoteStarter):
+            return
+        instance_id, engine = self._options.instance_id, self._options.engine_settings()
+        try:
+            self._report(ModelRead(instance_id=instance_id, model=await self._replicas.read_model()))
+        except ModelError as error:
+            self._report(ModelRead(instance_id=instance_id, model=None, reason=str(error)))
+            return
+        prior = self._hardware
+        self._hardware = await gently(lambda: calibrated(prior, engine, self._folder))
+        self._report(Calibrated(instance_id=instance_id, hardware=self._hardware))
 
     async def send_heartbeats(self) -> None:
         """A few times a second, while there is a controller."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 
 from spotserve.config import EngineSettings, StoreSettings, WorkerSettings
+from spotserve.core.hardware import InstanceType
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +23,9 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Its devices: the first is this process's own, each further one gets a rank process."""
     host: str = "127.0.0.1"
     """Where it listens for gateways and peers."""
+    hardware: InstanceType | None = None
+    """What kind of machine it is, as far as that is known before its devices are measured; None: nobody plans with it, and nothing
+    is measured."""
 
     def __repr__(self) -> str:
         """Names the instance alone: settings hold keys."""

@@ -86,6 +86,14 @@ class ReplicaStarter:
         """Weights in the memory of its devices."""
         return (*(_held(self._active[slot]) for slot in self._up), *self._idle.values())
 
+    async def read_model(self) -> ModelSpec:
+        """What the model is, from its configuration; no weights are read.
+
+        Raises:
+            ModelError: it cannot be found, or not be served.
+        """
+        return (await self._open()).catalogue.spec
+
     def activate(self, activate: Activate) -> Coroutine[Any, Any, None]:
         """Takes note that a slot is wanted; what it returns brings it up and says so, or why not. A slot that is up, or coming up,
         is left alone."""
@@ -143,12 +151,9 @@ class ReplicaStarter:
 
     async def _bring_up(self, activate: Activate) -> int:
         """Bytes of weights that came from other devices."""
-        async with self._opening:
-            if self._model is None:
-                self._model = await gently(lambda: open_model(self._settings))
+        model = await self._open()
         if self._active.get(activate.slot) is not activate:
             raise PeerLost("the slot was given up")
-        model = self._model
         if activate.device_index >= len(self._devices):
             raise ModelError(
                 f"{self._worker.instance_id} has {len(self._devices)} devices, not one of index {activate.device_index}"
@@ -172,6 +177,12 @@ class ReplicaStarter:
         else:
             ranks.close()
         return pulled_bytes
+
+    async def _open(self) -> OpenModel:
+        async with self._opening:
+            if self._model is None:
+                self._model = await gently(lambda: open_model(self._settings))
+        return self._model
 
     def _join(self, activate: Activate) -> Group:
         """Joins the group of a replica as a leader without a slot."""

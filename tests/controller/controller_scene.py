@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from model_specs import small_spec
 
 from spotserve.config import ControllerSettings
+from spotserve.controller.proposals import EngineTerms
 from spotserve.controller.state import ControllerState
 from spotserve.core.cluster import DeviceId, InstanceState, Notice, NoticeKind, ReplicaState
 from spotserve.core.cut import EMBEDDING, head_of, stage_cuts, units_held
+from spotserve.core.hardware import InstanceType
 from spotserve.core.messages import (
     Activate,
     Address,
@@ -87,6 +89,8 @@ class Machine:
 
     instance_id: str
     num_devices: int
+    hardware: InstanceType | None = None
+    """What it says it is."""
     slots: dict[Slot, Activate] = field(default_factory=dict)
     """Up or coming up."""
     up: set[Slot] = field(default_factory=set)
@@ -125,7 +129,8 @@ class Machine:
             zone="z",
             replicas=tuple(self.slots[slot].replica for slot in sorted(self.up)),
             held=tuple(HeldSlot(each.device_index, each.slot, each.replica.parallel) for each in held),
-            model=MODEL if held else None,
+            model=MODEL if held or self.hardware else None,
+            hardware=self.hardware,
         )
 
 
@@ -139,7 +144,10 @@ class World:
     def __init__(self, data: int | None = None, pipeline: int = 1, tensor: int = 1, *, max_batch: int = 8) -> None:
         self.settings = ControllerSettings(data=data, pipeline=pipeline, tensor=tensor)
         self.max_batch = max_batch
-        self.state = ControllerState(self.settings, max_batch=max_batch)
+        self.kv_tokens: int | None = None
+        self.hardware: InstanceType | None = None
+        """What machines say they are, unless a test says otherwise."""
+        self.begin()
         self.now_s = 1000.0
         self.machines: dict[str, Machine] = {}
         self.draining: dict[str, Drain] = {}
@@ -147,6 +155,10 @@ class World:
         self.broken: set[str] = set()
         """Replicas of which a slot has failed: the other slots will fail, too."""
         self.drains: list[Drain] = []
+
+    def begin(self) -> None:
+        """A controller that knows nothing yet."""
+        self.state = ControllerState(self.settings, EngineTerms(self.max_batch, kv_tokens=self.kv_tokens, step_tokens=1))
 
     # ------------------------------------------------------------------ what happens
 
@@ -165,14 +177,15 @@ class World:
         self.now_s += 1.0
         return commands
 
-    def join(self, instance: str, devices: int = 1) -> list[Command]:
+    def join(self, instance: str, devices: int = 1, hardware: InstanceType | None = None) -> list[Command]:
         """A machine is launched and registers."""
         self.launch(instance)
-        return self.register(instance, devices)
+        return self.register(instance, devices, hardware)
 
-    def register(self, instance: str, devices: int = 1) -> list[Command]:
+    def register(self, instance: str, devices: int = 1, hardware: InstanceType | None = None) -> list[Command]:
         """A machine connects to the controller. What it was still bringing up, for an earlier one, it gives up."""
-        machine = self.machines.setdefault(instance, Machine(instance, devices))
+        its = hardware or self.hardware
+        machine = self.machines.setdefault(instance, Machine(instance, devices if its is None else its.num_devices, its))
         machine.slots = {slot: activate for slot, activate in machine.slots.items() if slot in machine.up}
         return self.hear(machine.registered())
 
@@ -237,7 +250,7 @@ class World:
         self.draining = {name: drain for name, drain in self.draining.items() if drain.instance_id != instance}
         return self.hear(InstanceLost(instance_id=instance, reason="preempted"))
 
-    def reshape(self, data: int | None, pipeline: int, tensor: int) -> list[Command]:
+    def reshape(self, data: int | None, pipeline: int | None, tensor: int | None) -> list[Command]:
         return self.hear(Reshape(data=data, pipeline=pipeline, tensor=tensor))
 
     def wait(self, seconds: float) -> list[Command]:
@@ -262,7 +275,7 @@ class World:
                 elif slot.replica_id in self.broken:
                     machine.leave(slot)
         self.draining.clear()
-        self.state = ControllerState(self.settings, max_batch=self.max_batch)
+        self.begin()
 
     # ------------------------------------------------------------------ what can be seen
 
@@ -317,7 +330,8 @@ class World:
                 self.draining.pop(command.replica_id, None)
 
     def _check_transfers(self, activate: Activate, device: DeviceId) -> None:
-        """Every byte that is missing and that somebody has is taken from somebody, once."""
+        """Every byte that is missing and that somebody has who stays is taken from somebody, once; what would come too late from
+        machines that go is read from files."""
         parallel = activate.replica.parallel
         wanted = bytes_of_slot(activate.slot, parallel.pipeline, parallel.tensor)
         missing = wanted.keys() - self.weights_on(device)
@@ -330,7 +344,7 @@ class World:
         reachable = [
             DeviceId(machine.instance_id, index)
             for machine in self.machines.values()
-            if not machine.is_gone and self.state.instances[machine.instance_id].address is not None
+            if not machine.is_gone and self.state.instances[machine.instance_id].state is InstanceState.READY
             for index in range(machine.num_devices)
         ]
         assert not any(missing & self.weights_on(each) for each in reachable if each != device)

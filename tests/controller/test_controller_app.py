@@ -14,9 +14,10 @@ from spotserve.config import ControllerSettings
 from spotserve.controller.app import create_router, status_of
 from spotserve.controller.controller import Controller
 from spotserve.controller.executor import Executor
+from spotserve.controller.proposals import EngineTerms
 from spotserve.controller.state import ControllerState
 from spotserve.core.clock import ManualClock
-from spotserve.core.cluster import Notice
+from spotserve.core.cluster import Notice, NoticeKind
 from spotserve.core.errors import CloudError
 from spotserve.core.messages import (
     Address,
@@ -52,6 +53,7 @@ MODEL = small_spec(
 LEVERS: list[tuple[str, str, Any]] = [
     ("GET", "/admin/events", None),
     ("POST", "/admin/preempt", {"instance": "i-1", "grace_s": 3}),
+    ("POST", "/admin/notice", {"instance": "i-1", "deadline_s": 3.0}),
     ("POST", "/admin/reshape", {"data": 1, "pipeline": 1, "tensor": 1}),
     ("POST", "/admin/launch", {"count": 1}),
     ("POST", "/admin/terminate", {"instance": "i-1"}),
@@ -66,6 +68,11 @@ class ScriptedCloud:
         self.pulled: list[object] = []
         self.restock_s: float | None = 2.0
         self.full = False
+
+    def warn(self, instance_id: str, *, deadline_s: float, kind: NoticeKind, source: str) -> None:
+        if instance_id != "i-1":
+            raise CloudError(f"there is no instance {instance_id!r}; running: i-1")
+        self.pulled.append(("notice", instance_id, deadline_s, kind, source))
 
     def preempt(self, instance_id: str, *, grace_s: float) -> float:
         if instance_id != "i-1":
@@ -91,7 +98,7 @@ class House:
 
     def __init__(self) -> None:
         self.cloud, self.metrics, self.clock = ScriptedCloud(), Metrics(), ManualClock(1000.0)
-        state = ControllerState(ControllerSettings(), max_batch=8)
+        state = ControllerState(ControllerSettings(), EngineTerms(8))
         self.controller = Controller(state, Executor(self.cloud), clock=self.clock, metrics=self.metrics)
         hear = self.controller.dispatch
         hear(InstanceLaunched(instance_id="i-1", spot=True, zone="z", usd_per_hour=1.0))
@@ -169,10 +176,13 @@ async def test_what_levers_do(house: House) -> None:
         "instance": "i-1",
         "deadline_s": 103.0,
     }
+    warned = {"instance": "i-1", "deadline_s": 9.0}
+    assert (await house.pull("/admin/notice", {**warned, "kind": "soft", "source": "queue"})).json() == warned
     assert (await house.pull("/admin/launch", {"count": 2, "spot": False})).json() == {"instances": ["i-0", "i-1"]}
     assert (await house.pull("/admin/terminate", {"instance": "i-1"})).json() == {"instance": "i-1"}
     assert (await house.pull("/admin/restock", {"seconds": None})).json() == {"seconds": None}
-    assert house.cloud.pulled == [("preempt", "i-1", 3.0), ("launch", 2, False), ("terminate", "i-1")]
+    noticed = ("notice", "i-1", 9.0, NoticeKind.SOFT, "queue")
+    assert house.cloud.pulled == [("preempt", "i-1", 3.0), noticed, ("launch", 2, False), ("terminate", "i-1")]
     assert house.cloud.restock_s is None
 
 

@@ -10,6 +10,7 @@ import pytest
 from spotserve.config import ControllerSettings
 from spotserve.controller.controller import Controller
 from spotserve.controller.executor import Executor
+from spotserve.controller.proposals import EngineTerms
 from spotserve.controller.state import ControllerState
 from spotserve.core.clock import ManualClock
 from spotserve.core.cluster import InstanceState
@@ -69,7 +70,7 @@ class House:
     def __init__(self) -> None:
         self.cloud = ScriptedCloud()
         self.executor = Executor(self.cloud)
-        self.state = ControllerState(ControllerSettings(), max_batch=8)
+        self.state = ControllerState(ControllerSettings(), EngineTerms(8))
         self.controller = Controller(self.state, self.executor, clock=ManualClock(1000.0), metrics=Metrics())
         self.port = 0
 

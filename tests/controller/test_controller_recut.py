@@ -179,3 +179,14 @@ def test_no_device_gets_a_third_slot_while_one_drains() -> None:
     assert "waiting for the devices of replicas that drain" in world.state.decisions[-1].reason
     (old,) = world.draining
     assert kinds(world.become_empty(old)) == ["Publish", "Deactivate", "Activate", "Activate"]
+
+
+def test_what_one_turn_begins_and_gives_up_again_is_never_begun() -> None:
+    world = World(1, 1, 2)
+    world.serve("i-1", "i-2")
+    for instance in ("i-1", "i-2"):
+        world.notice(instance, 5.0)
+    commands = world.wait(8.0)  # both notices turn out to be false in the same turn
+    assert "Activate" not in kinds(commands)
+    assert world.coming() == []
+    assert world.shapes() == [(1, 2)]

@@ -209,7 +209,7 @@ class Scene:
     def report(self) -> dict[str, int]:
         """Sequences by state, those that are not zero."""
         report = msgspec.structs.asdict(self.relay.report("gateway"))
-        return {name: count for name, count in report.items() if name != "gateway_id" and count}
+        return {name: count for name, count in report.items() if name not in ("gateway_id", "arrived", "served") and count}
 
 
 @asynccontextmanager

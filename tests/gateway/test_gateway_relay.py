@@ -10,7 +10,7 @@ from spotserve.checkpoint.store import Progress
 from spotserve.core.cluster import ReplicaState
 from spotserve.core.epoch import after_dispatch, after_hand_over, first_epoch
 from spotserve.core.errors import Overloaded, StoreError
-from spotserve.core.messages import Attach, Cancel, Claim, ClaimAnswered, Moved, Released, Submit
+from spotserve.core.messages import Attach, Cancel, Claim, ClaimAnswered, Moved, Released, Served, Submit
 from spotserve.core.request import FinishReason, TokenDelta
 from spotserve.gateway import relay as relay_module
 
@@ -537,3 +537,16 @@ async def test_a_store_that_is_down_does_not_keep_a_call_from_being_served() -> 
         assert await length(stream) == 1
         with pytest.raises(StoreError):
             await stage.relay.reattach("another")
+
+
+async def test_a_report_tells_what_came_and_went_once() -> None:
+    async with scene("a") as (stage, [a]):
+        (stream,) = await stage.relay.submit(call())
+        submit = await a.hears(Submit)
+        first = stage.relay.report("gateway")
+        assert (first.arrived, first.served) == (1, ())
+        a.say(delta(FIRST, 0, 5, finish=END))
+        assert await length(stream) == 5
+        second = stage.relay.report("gateway")
+        assert (second.arrived, second.served) == (0, (Served(len(submit.request.prompt_token_ids), 5),))
+        assert stage.relay.report("gateway").served == ()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spotserve.planner.workload import Latency, Lengths, Objective
+from spotserve.planner.workload import Latency, Lengths, Objective, Workload
 
 
 @given(st.lists(st.floats(0, 1e5), min_size=1, max_size=200))
@@ -46,3 +46,12 @@ def test_every_limit_counts(objective: Objective, kept: bool) -> None:
     latency = Latency(0.5, 0.9, 0.05, 0.09, 5.0, 9.5, 0.7)
     assert latency.meets(objective) is kept
     assert not Latency(inf, inf, inf, inf, inf, inf, 1.0).meets(objective)
+
+
+def test_a_workload_is_cut_to_what_a_context_holds() -> None:
+    workload = Workload(rate_rps=1.0, prompt=Lengths(((0.0, 10.0), (1.0, 600.0))), output=Lengths.fixed(200))
+    assert workload.within(800) == workload
+    cut = workload.within(400)
+    assert cut.prompt.quantile(1.0) + cut.output.quantile(1.0) == pytest.approx(400)
+    assert cut.prompt.quantile(0.0) == 10
+    assert cut.rate_rps == 1.0

@@ -1,0 +1,5 @@
+"""`python -m spotserve.cli` is the command line, too."""
+
+from spotserve.cli.app import main
+
+main()

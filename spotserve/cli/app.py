@@ -1,0 +1,20 @@
+"""Entry point. Importing a module of verbs adds them to the program."""
+
+import sys
+
+from rich.text import Text
+
+from spotserve.cli import local, operate, runs
+from spotserve.cli.program import app, errors
+from spotserve.core.errors import SpotServeError
+
+__all__ = ["app", "local", "main", "operate", "runs"]
+
+
+def main() -> None:
+    """Entry point: errors that are the world's doing become one line and exit code 1."""
+    try:
+        app()
+    except SpotServeError as error:
+        errors.print(Text.assemble(("error:", "red"), f" {error}"), highlight=False, soft_wrap=True)
+        sys.exit(1)

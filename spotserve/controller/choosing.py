@@ -1,0 +1,203 @@
+"""What should run where the planner may choose: what is kept, what is found, and whether changing pays.
+
+Two kinds of plans are weighed. *Grown* ones keep every replica that has its devices and give the free devices something to do.
+*Anew* ones are the best for all devices, whatever runs now; what they have in common with what runs stays where it is. A plan from
+anew has to earn what the change costs (`planner.outlook`); devices that idle otherwise are used at once, because that costs
+nothing.
+
+A large fleet reacts to an event by growing, which costs the same whatever its size, and is looked at as a whole when it has been
+quiet for a while.
+
+Owner of what is learned of the fleet for planning. Knows no commands.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from spotserve.config import ControllerSettings
+from spotserve.controller.bringup import arrange
+from spotserve.controller.demand import Demand
+from spotserve.controller.fleet import Fleet
+from spotserve.controller.offer import offer_of
+from spotserve.controller.proposals import EngineTerms, Proposal, Proposer, Terms
+from spotserve.controller.records import Replica
+from spotserve.core.plan import Parallel, Plan
+from spotserve.planner.hazard import HazardBook
+from spotserve.planner.outlook import Option, weigh
+from spotserve.planner.risk import Risk
+from spotserve.planner.workload import Objective
+
+AT_ONCE_DEVICES = 64
+"""Fleets of at most so many devices are looked at as a whole after every event: that takes tenths of a second."""
+
+QUIET_S = 10.0
+"""A fleet is looked at as a whole when nothing has happened to it for so long: a larger one may have grown crooked, and the load of
+any may have changed."""
+
+ANEW_WEIGHED = 3
+"""Plans from anew that are weighed against the grown one."""
+
+BRING_UP_S = 1.0
+"""Until a slot whose weights are there serves: building the stage, and joining the group."""
+
+RECOVER_S = 120.0
+"""Until a replacement of a lost machine serves: the launch and start-up time of SpotServe (section 6.1)."""
+
+FASTER_SHARE = 0.8
+"""Without limits a plan from anew that serves no more is worth a change if its 99th percentile is at most this share of what is."""
+
+COSTS_AT_MOST = 0.05
+"""And if the change takes at most this share of the time over which it pays."""
+
+REQUEST_WORTH = 100.0
+"""What serving a request is worth, in what it costs: dollars decide between plans that serve about the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A plan that was weighed, for people."""
+
+    proposal: Proposal
+    is_chosen: bool
+    verdict: str
+
+
+class Chooser:
+    """Chooses plans for one fleet."""
+
+    def __init__(self, fleet: Fleet, demand: Demand, settings: ControllerSettings, engine: EngineTerms) -> None:
+        self._fleet = fleet
+        self._demand = demand
+        self._objective = Objective(ttft_s=settings.ttft_s, tpot_s=settings.tpot_s, e2e_s=settings.e2e_s)
+        self._engine = engine
+        self._proposer = Proposer(fleet)
+        self.hazards = HazardBook()
+        self.alternatives: tuple[Alternative, ...] = ()
+        """Plans that were weighed last, the chosen one first."""
+        self.terms: Terms | None = None
+        """What the last plan was made for."""
+        self.look_s: float | None = None
+        """When the fleet is to be looked at as a whole again; None: nothing was planned yet."""
+
+    def blindness(self) -> str | None:
+        """Why nothing can be chosen; None when something can."""
+        if self._fleet.model is None:
+            return "no worker has said yet what the model is"
+        if not any(each.instance_type for each in self._fleet.alive()):
+            return "no worker says what kind of machine it is: start the system with --parallel auto to have them measured"
+        return None
+
+    @property
+    def losers(self) -> tuple[str, ...]:
+        """What never became a plan when the last search found little, and why."""
+        return self._proposer.losers
+
+    def refuse(self, shape: Parallel, reason: str) -> None:
+        """A shape cannot be brought up: it is not planned again."""
+        self._proposer.refuse(shape, reason)
+
+    def choose(self, staying: Sequence[Replica], current: Plan | None, *, next_replica_number: int, now_s: float) -> Plan | str:
+        """What should run on the machines that are there to stay, or why nothing can be planned.
+
+        Args:
+            staying: replicas that may be kept, those that matter most first.
+            current: what should run until now; it is returned itself when it is to go on.
+            next_replica_number: names of new replicas count from here.
+            now_s: the time.
+        """
+        if (problem := self.blindness()) is not None:
+            return problem
+        is_look = self.look_s is not None and now_s >= self.look_s
+        self.look_s = now_s + QUIET_S
+        terms = Terms(self._demand.workload(now_s).within(self._longest()), self._objective, self._engine)
+        self.terms = terms
+        kept = self._proposer.keepable(staying, terms)
+        running, fixed = [replica for replica, _ in kept], [choice for _, choice in kept]
+        offer = offer_of(self._fleet, running)
+        found = self._proposer.propose(offer.free, running, terms, fixed=fixed, most=1, next_replica_number=next_replica_number)
+        grown = found[0] if found else Proposal()
+        anew: list[Proposal] = []
+        if is_look or offer.num_devices <= AT_ONCE_DEVICES or grown.throughput_rps <= terms.workload.rate_rps:
+            anew = self._proposer.propose(offer.all, running, terms, most=ANEW_WEIGHED, next_replica_number=next_replica_number)
+        if not grown.replicas and not anew:
+            return "; ".join(self.losers) or "there are no machines"
+        chosen, reason = self._weigh(grown, anew, now_s)
+        if current is not None and chosen.replicas == current.replicas:
+            return current
+        return Plan(epoch=1 if current is None else current.epoch + 1, replicas=chosen.replicas, reason=reason)
+
+    def _longest(self) -> int:
+        """Tokens of the longest request that a replica can run."""
+        assert self._fleet.model is not None
+        context = self._fleet.model.context_tokens
+        return context if self._engine.kv_tokens is None else min(context, self._engine.kv_tokens)
+
+    # ------------------------------------------------------------------ weighing
+
+    def _weigh(self, grown: Proposal, anew: Sequence[Proposal], now_s: float) -> tuple[Proposal, str]:
+        """What to run, and why. What a change costs is worked out only for plans that would win if it cost nothing."""
+        others = [each for each in anew if each.name != grown.name]
+        risk = self.hazards.risk(now_s, RECOVER_S)
+        tempting = [each for each in others if self._better(grown, [each], risk)[0] is not grown]
+        weighed = [self._with_change(each, now_s) for each in tempting]
+        chosen, reason = self._better(grown, weighed, risk)
+        told = {each.name: Alternative(each, False, "serves no better, even if changing cost nothing") for each in others}
+        told |= {each.name: Alternative(each, False, "does not pay what the change costs") for each in weighed}
+        if chosen is not grown and grown.replicas:
+            told[grown.name] = Alternative(grown, False, f"what runs, grown: {grown.why}")
+        told.pop(chosen.name, None)
+        self.alternatives = (Alternative(chosen, True, reason), *told.values())
+        return chosen, reason
+
+    def _better(self, grown: Proposal, others: Sequence[Proposal], risk: Risk) -> tuple[Proposal, str]:
+        """The best of these by what they are expected to serve; without limits also by how soon."""
+        assert self.terms is not None
+        rate_rps = self.terms.workload.rate_rps
+        by_name = {each.name: each for each in (*others, grown)}
+        dearest = max(each.usd_per_hour for each in by_name.values())
+        verdict = weigh(
+            [_option(each) for each in by_name.values()],
+            stay=grown.name,
+            demand_rps=rate_rps,
+            risk=risk,
+            recover_s=RECOVER_S,
+            request_usd=REQUEST_WORTH * max(dearest, 1e-3) / 3600 / max(rate_rps, 1e-3),
+        )
+        chosen = by_name[verdict.option.name]
+        if chosen is not grown:
+            return chosen, verdict.reason
+        life_s = {each.name: each.life_s for each in verdict.worths}
+        for each in sorted(others, key=lambda other: other.latency.e2e_p99_s):
+            is_faster = not self._objective.is_set and each.latency.e2e_p99_s < FASTER_SHARE * grown.latency.e2e_p99_s
+            serves = each.throughput_rps >= min(grown.throughput_rps, rate_rps)
+            if is_faster and serves and each.change_s <= COSTS_AT_MOST * life_s[each.name]:
+                faster = f"end-to-end p99 {each.latency.e2e_p99_s:.3g} s instead of {grown.latency.e2e_p99_s:.3g} s"
+                return each, f"change to {each.name}: {faster}, for {each.change_s:.3g} s of change"
+        return grown, verdict.reason if others else f"{grown.name}: {grown.why}"
+
+    def _with_change(self, proposal: Proposal, now_s: float) -> Proposal:
+        """The same with the time and the bytes until it serves."""
+        running = self._fleet.replicas
+        missing = [each for each in proposal.replicas if each.replica_id not in running]
+        kept = {
+            device
+            for each in proposal.replicas
+            if each.replica_id in running
+            for device in running[each.replica_id].devices.values()
+        }
+        free = [device for device in self._fleet.ready_devices() if device not in kept]
+        arrangement = arrange(self._fleet, missing, free, now_s=now_s)
+        change_s = arrangement.schedule.makespan_s + BRING_UP_S
+        return replace(proposal, change_s=change_s, moved_bytes=arrangement.num_bytes)
+
+
+def _option(proposal: Proposal) -> Option:
+    """What runs goes on beside a change, so no capacity is missing meanwhile."""
+    return Option(
+        name=proposal.name,
+        replicas=proposal.footprints,
+        usd_per_hour=proposal.usd_per_hour,
+        change_s=proposal.change_s,
+        lost_rps=0.0,
+        moved_bytes=proposal.moved_bytes,
+    )

@@ -1,0 +1,240 @@
+"""Plans that could be, for the machines that a fleet has: what the search finds, with names, machines, and what it would serve.
+
+A replica that runs and is in a plan keeps its name and its devices; devices that would idle get something to do, since machines
+that are there are paid for. Where new replicas go exactly is decided when a plan is carried out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+from spotserve.controller.fleet import Fleet
+from spotserve.controller.offer import kind_of
+from spotserve.controller.records import Replica
+from spotserve.core.hardware import InstanceType
+from spotserve.core.plan import Parallel, ReplicaPlan
+from spotserve.planner.cost import replica_cost
+from spotserve.planner.fleets import Choice, Pool
+from spotserve.planner.memory import STEP_TOKENS
+from spotserve.planner.outlook import Footprint
+from spotserve.planner.queueing import latency, max_rate_rps
+from spotserve.planner.search import search
+from spotserve.planner.speed import ReplicaSpeed
+from spotserve.planner.workload import Latency, Objective, Workload
+
+NEVER = Latency(inf, inf, inf, inf, inf, inf, inf)
+"""What requests meet where nothing runs."""
+
+ENDLESS_RPS = 1e9
+"""More than any fleet serves: the best is then what serves most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One plan that could be."""
+
+    replicas: tuple[ReplicaPlan, ...] = ()
+    footprints: tuple[Footprint, ...] = ()
+    """By replica, the machines that it is on, or would be on, and what it serves within the limits."""
+    latency: Latency = NEVER
+    throughput_rps: float = 0.0
+    """What all of them serve within the limits."""
+    usd_per_hour: float = 0.0
+    """Of the machines that it uses."""
+    why: str = "nothing runs"
+    change_s: float = 0.0
+    """Until it would serve; 0: nothing that runs is replaced."""
+    moved_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its replicas in a few letters."""
+        shapes = [f"(P={each.parallel.pipeline}, M={each.parallel.tensor})" for each in self.replicas]
+        return " + ".join(f"{shapes.count(shape)} x {shape}" for shape in sorted(set(shapes))) or "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTerms:
+    """What replicas are started with."""
+
+    max_batch: int
+    """Sequences that a replica runs at once at most."""
+    kv_tokens: int | None = None
+    """What every replica's KV cache has to hold; None: as much as there is room for."""
+    step_tokens: int = STEP_TOKENS
+    """Tokens of the largest step, whose activations take memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What plans are made for."""
+
+    workload: Workload
+    objective: Objective
+    engine: EngineTerms
+
+
+class Proposer:
+    """Makes proposals for one fleet; remembers shapes that could not be brought up."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._refused: dict[tuple[int, int], str] = {}
+        self.losers: tuple[str, ...] = ()
+        """What never became a plan when the last search found little, and why."""
+
+    def refuse(self, shape: Parallel, reason: str) -> None:
+        """A shape cannot be brought up: it is not proposed again."""
+        self._refused[shape.pipeline, shape.tensor] = reason
+
+    def keepable(self, staying: Sequence[Replica], terms: Terms) -> list[tuple[Replica, Choice]]:
+        """Replicas that run and that the planner would have as they are."""
+        return [(replica, choice) for replica in staying if (choice := self._choice_of(replica, terms)) is not None]
+
+    def propose(
+        self,
+        pools: Sequence[Pool],
+        staying: Sequence[Replica],
+        terms: Terms,
+        *,
+        fixed: Sequence[Choice] = (),
+        most: int,
+        next_replica_number: int,
+    ) -> list[Proposal]:
+        """The best plans, best first.
+
+        Args:
+            pools: devices to plan with.
+            staying: replicas that run, whose names and devices a plan goes on with when it has the like of them.
+            terms: what the plans are for.
+            fixed: the first of `staying`, as they are: every plan has them, and their devices are not in `pools`.
+            most: how many plans.
+            next_replica_number: names of new replicas count from here.
+        """
+        result = search(
+            self._fleet.model,
+            pools,
+            terms.workload,
+            terms.objective,
+            speed_of=lambda parallel, hardware: self._speed_of(parallel, hardware, terms),
+            fixed=fixed,
+            max_candidates=most,
+            max_batch=terms.engine.max_batch,
+        )
+        if not result.candidates:
+            self.losers = tuple(f"{loser.what}: {loser.why}" for loser in result.losers)
+        found = [(self._filled(pools, len(fixed), each.choices, terms), each.why) for each in result.candidates]
+        return [self._named(choices, staying, terms, why, next_replica_number) for choices, why in found if choices]
+
+    # ------------------------------------------------------------------ finding
+
+    def _filled(self, pools: Sequence[Pool], num_fixed: int, choices: tuple[Choice, ...], terms: Terms) -> tuple[Choice, ...]:
+        """The same with something to do for devices that would idle: as much as they can serve."""
+        used = dict.fromkeys((pool.kind for pool in pools), 0)
+        for choice in choices[num_fixed:]:
+            used[choice.pool.kind] += choice.parallel.num_slots
+        rest = (replace(pool, num_devices=pool.num_devices - used[pool.kind]) for pool in pools)
+        idle = [pool for pool in rest if pool.num_devices > 0]
+        if not idle:
+            return choices
+        everything = replace(terms, workload=replace(terms.workload, rate_rps=ENDLESS_RPS), objective=Objective())
+        found = search(
+            self._fleet.model,
+            idle,
+            everything.workload,
+            everything.objective,
+            speed_of=lambda parallel, hardware: self._speed_of(parallel, hardware, terms),
+            max_candidates=1,
+            max_batch=terms.engine.max_batch,
+        ).candidates
+        return (*choices, *found[0].choices) if found else choices
+
+    def _speed_of(self, parallel: Parallel, hardware: InstanceType, terms: Terms) -> ReplicaSpeed | str:
+        """How fast a shape is, or why it cannot be: too little memory, or it was tried and failed."""
+        assert self._fleet.model is not None
+        if (reason := self._refused.get((parallel.pipeline, parallel.tensor))) is not None:
+            return f"could not be brought up: {reason}"
+        speed = replica_cost(self._fleet.model, parallel, hardware, terms.engine.step_tokens)
+        if isinstance(speed, str) or terms.engine.kv_tokens is None:
+            return speed
+        if speed.kv_tokens < terms.engine.kv_tokens:
+            return f"there is room for {speed.kv_tokens} tokens of KV, {terms.engine.kv_tokens} are wanted"
+        return replace(speed, kv_tokens=terms.engine.kv_tokens)
+
+    def _choice_of(self, replica: Replica, terms: Terms) -> Choice | None:
+        """A replica that runs, as the search knows them; None when the planner would not have it so."""
+        first = self._fleet.instances[replica.instance_ids[0]]
+        hardware = self._fleet.hardware.get(first.instance_type)
+        speed = "not known" if hardware is None else self._speed_of(replica.plan.parallel, hardware, terms)
+        if hardware is None or isinstance(speed, str):
+            return None
+        return Choice(replica.plan.parallel, Pool(hardware, 0, first.usd_per_hour, spot=first.spot), speed)
+
+    # ------------------------------------------------------------------ naming
+
+    def _named(
+        self, choices: Sequence[Choice], staying: Sequence[Replica], terms: Terms, why: str, next_replica_number: int
+    ) -> Proposal:
+        """Gives every replica its name and machines: the like of one that runs is that one."""
+        left = list(staying)
+        machines = _Free(self._fleet)
+        replicas: list[ReplicaPlan] = []
+        instance_ids: dict[str, tuple[str, ...]] = {}
+        missing: list[ReplicaPlan] = []
+        for choice in choices:
+            running = next((each for each in left if self._is_like(each, choice)), None)
+            if running is not None:
+                left.remove(running)
+                instance_ids[running.replica_id] = running.instance_ids
+                machines.take(running)
+                replicas.append(running.plan)
+                continue
+            name = f"r-{next_replica_number + len(missing)}"
+            hardware = choice.pool.instance_type.name
+            missing.append(ReplicaPlan(replica_id=name, parallel=choice.parallel, instance_type=hardware))
+            replicas.append(missing[-1])
+        instance_ids |= {each.replica_id: machines.some_for(each) for each in missing}
+        rates: dict[tuple[Parallel, str], float] = {}
+        for choice in choices:
+            kind = choice.parallel, choice.pool.instance_type.name
+            if kind not in rates:
+                rates[kind] = max_rate_rps(choice.speed, terms.workload, terms.objective)
+        footprints = tuple(
+            Footprint(instance_ids[replica.replica_id], rates[choice.parallel, choice.pool.instance_type.name])
+            for choice, replica in zip(choices, replicas, strict=True)
+        )
+        used = {instance_id for each in footprints for instance_id in each.instance_ids}
+        return Proposal(
+            replicas=tuple(replicas),
+            footprints=footprints,
+            latency=latency([choice.speed for choice in choices], terms.workload),
+            throughput_rps=sum(each.rate_rps for each in footprints),
+            usd_per_hour=sum(self._fleet.instances[instance_id].usd_per_hour for instance_id in sorted(used)),
+            why=why,
+        )
+
+    def _is_like(self, replica: Replica, choice: Choice) -> bool:
+        """Whether a replica that runs is what a choice asks for: the same stages and shards on the same kind of machine."""
+        mine, wanted = replica.plan.parallel, choice.parallel
+        name, spot = kind_of(self._fleet.instances[replica.instance_ids[0]])
+        pool = choice.pool
+        return (mine.pipeline, mine.tensor, name, spot) == (wanted.pipeline, wanted.tensor, pool.instance_type.name, pool.spot)
+
+
+class _Free:
+    """Devices that new replicas could have: roughly, since where they go exactly is a matter of placement."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._devices = {device: fleet.instances[device.instance_id].instance_type for device in reversed(fleet.ready_devices())}
+
+    def take(self, replica: Replica) -> None:
+        """A replica keeps its devices."""
+        for device in replica.devices.values():
+            self._devices.pop(device, None)
+
+    def some_for(self, planned: ReplicaPlan) -> tuple[str, ...]:
+        """Machines with as many free devices of its kind as it takes."""
+        mine = [device for device, kind in self._devices.items() if kind == planned.instance_type][: planned.parallel.num_slots]
+        for device in mine:
+            del self._devices[device]
+        return tuple(dict.fromkeys(device.instance_id for device in mine))

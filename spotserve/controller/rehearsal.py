@@ -1,0 +1,155 @@
+"""What would happen to a fleet that need not exist: the production state among machines that do at once what they are told.
+
+Machines register, some with replicas that serve already; then some are lost, with a notice or without. What the state commands is
+what a running system would command. There is no second planner, and nothing that runs is touched.
+
+Pure: the clock stands still but for the losses. Does not know how fast anything is carried out; `migration.schedule` tells that of
+the transfers it collects.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from spotserve.config import ControllerSettings
+from spotserve.controller.proposals import EngineTerms
+from spotserve.controller.state import ControllerState
+from spotserve.core.cluster import DeviceId, Notice
+from spotserve.core.hardware import InstanceType
+from spotserve.core.messages import (
+    Activate,
+    Address,
+    Command,
+    Drain,
+    Drained,
+    Event,
+    HeldSlot,
+    InstanceLaunched,
+    InstanceLost,
+    NoticeReceived,
+    Registered,
+    SlotReady,
+)
+from spotserve.core.model import ModelSpec
+from spotserve.core.plan import ReplicaPlan, Slot
+
+_HOST = "rehearsal"
+_MOST_TURNS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One machine of the fleet."""
+
+    instance_id: str
+    hardware: InstanceType
+    usd_per_hour: float
+    spot: bool = True
+    zone: str = "zone"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A replica that serves when the rehearsal begins."""
+
+    replica: ReplicaPlan
+    devices: Mapping[Slot, DeviceId]
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """How a rehearsal went."""
+
+    state: ControllerState
+    before: dict[str, Standing] = field(default_factory=dict)
+    """Replicas that served when the last change began."""
+    activations: list[Activate] = field(default_factory=list)
+    """What the last change has devices bring up."""
+
+
+def rehearse(
+    model: ModelSpec,
+    machines: Sequence[Machine],
+    settings: ControllerSettings,
+    *,
+    engine: EngineTerms,
+    standing: Sequence[Standing] = (),
+    lose: Sequence[str] = (),
+    grace_s: float = 0.0,
+) -> Rehearsal:
+    """Lets machines register and settle, then takes `lose` away, all with one notice of `grace_s` seconds (0: without any)."""
+    state = ControllerState(settings, engine)
+    rehearsal = Rehearsal(state, {each.replica.replica_id: each for each in standing})
+    launched = [
+        InstanceLaunched(instance_id=each.instance_id, spot=each.spot, zone=each.zone, usd_per_hour=each.usd_per_hour)
+        for each in machines
+    ]
+    _play(rehearsal, model, launched, now_s=0.0)
+    _play(rehearsal, model, (_registered(number, each, model, standing) for number, each in enumerate(machines)), now_s=1.0)
+    if lose:
+        rehearsal.before = {
+            replica_id: Standing(replica.plan, dict(replica.devices)) for replica_id, replica in state.replicas.items()
+        }
+        rehearsal.activations = []
+        events: list[Event] = [InstanceLost(instance_id=each, reason="rehearsal") for each in lose]
+        if grace_s > 0:
+            notices = (Notice(instance_id=each, deadline_s=10.0 + grace_s, source="rehearsal") for each in lose)
+            events = [*(NoticeReceived(notice=notice) for notice in notices), *events]
+        _play(rehearsal, model, events, now_s=10.0)
+    return rehearsal
+
+
+def _play(rehearsal: Rehearsal, model: ModelSpec, events: Iterable[Event], *, now_s: float) -> None:
+    """Tells the state what happens; when all of it has happened, machines answer what was commanded, and so on."""
+    answers = [answer for event in events for answer in _tell(rehearsal, model, event, now_s)]
+    for _ in range(_MOST_TURNS):
+        if not answers:
+            return
+        answers = [answer for event in answers for answer in _tell(rehearsal, model, event, now_s)]
+    raise AssertionError("the state never comes to rest")
+
+
+def _tell(rehearsal: Rehearsal, model: ModelSpec, event: Event, now_s: float) -> list[Event]:
+    commands = rehearsal.state.handle(event, now_s)
+    return [answer for command in commands for answer in _obey(rehearsal, model, command)]
+
+
+def _obey(rehearsal: Rehearsal, model: ModelSpec, command: Command) -> list[Event]:
+    match command:
+        case Activate():
+            rehearsal.activations.append(command)
+            return [
+                SlotReady(
+                    instance_id=command.instance_id,
+                    device_index=command.device_index,
+                    slot=command.slot,
+                    plan_epoch=command.plan_epoch,
+                    model=model,
+                    pulled_bytes=sum(transfer.num_bytes for transfer in command.transfers),
+                    invariant="batch",
+                )
+            ]
+        case Drain():
+            return [Drained(instance_id=command.instance_id, replica_id=command.replica_id)]
+        case _:
+            return []
+
+
+def _registered(number: int, machine: Machine, model: ModelSpec, standing: Sequence[Standing]) -> Registered:
+    mine = [
+        (each.replica, HeldSlot(device.index, slot, each.replica.parallel))
+        for each in standing
+        for slot, device in each.devices.items()
+        if device.instance_id == machine.instance_id
+    ]
+    return Registered(
+        instance_id=machine.instance_id,
+        address=Address(_HOST, number + 1),
+        pid=number + 1,
+        ranks=tuple(Address(_HOST, 1 + number * 1000 + index) for index in range(machine.hardware.num_devices)),
+        spot=machine.spot,
+        zone=machine.zone,
+        replicas=tuple(replica for replica, _ in mine),
+        held=tuple(held for _, held in mine),
+        model=model,
+        hardware=machine.hardware,
+    )
