@@ -134,9 +134,9 @@ def _lacks(
     slot, parallel = wanted
     for layer in layers_held(stock.model, parallel, slot.stage):
         missing = stock.missing(layer, parallel.tensor, slot.shard, _kind(stock.model, held.get(device, ()), layer))
-        available = stock.available(layer, missing, device, frozenset())
+        available = stock.available(layer, missing, frozenset())
         if available > 0:
-            is_last_copy = bool(dying) and stock.available(layer, missing, device, dying) < available
+            is_last_copy = bool(dying) and stock.available(layer, missing, dying) < available
             yield _Lack(device, slot, layer, missing, available, is_last_copy)
 
 
@@ -246,11 +246,11 @@ class _Stock:
         rest = self.without(missing, kind)
         return sum((count(missing[num_units]) - count(rest[num_units])) * each[num_units] for num_units in each)
 
-    def available(self, layer: int, missing: _Units, device: DeviceId, without: frozenset[str]) -> int:
-        """Bytes of what is missing that devices other than `device` have, those of the instances `without` aside."""
+    def available(self, layer: int, missing: _Units, without: frozenset[str]) -> int:
+        """Bytes of what is missing that somebody has, those of the instances `without` aside."""
         rest = missing
         for kind, devices in self.layers.get(layer, {}).items():
-            if any(other != device and other.instance_id not in without for other in devices):
+            if any(other.instance_id not in without for other in devices):
                 rest = self.without(rest, kind)
         each = unit_bytes(portions_of(self.model, layer))
         return sum((count(missing[num_units]) - count(rest[num_units])) * each[num_units] for num_units in each)
