@@ -15,7 +15,8 @@ assignment of all, B the heaviest that keeps blocks on one instance. What is fou
 mixture of matchings (Birkhoff); one of those weighs at least the mean, the sum of m / s * v, and m >= 1 where v > 0. B: give the
 blocks of an instance to its clusters in each of the k! ways; the mean weighs B / k.) Both are tight for what is found before
 dealing out anew. With b = 1 it is F itself, with k = 1 it is B itself. With blocks of several sizes each size has
-this bound against what the larger ones leave.
+this bound against what the larger ones leave. (Of B, sparse random bytes and k of 2 and 3 leave 98 to 99 % on average and 73 % at
+worst: room for an exchange of blocks between instances, which nobody has needed yet.)
 
 Among assignments of nearly as many bytes the one is taken whose busiest network port has the least to receive (`place`).
 """
