@@ -104,8 +104,8 @@ def migration(
     return Migration(name, tuple(flows), dict.fromkeys(sorted({*before, *after}), links), len(free), kept)
 
 
-def random_migration(random: Random) -> Migration:
-    """A random model cut anew over 2 to 16 instances, of which some are lost and some are new."""
+def random_migration(random: Random, *, nearly: float | None = None) -> Migration:
+    """A random model cut anew over 2 to 16 instances, of which some are lost and some are new; `nearly` as that of `place`."""
     heads = random.choice([8, 16, 32])
     model = decoder(
         layers=random.randint(8, 48),
@@ -121,7 +121,7 @@ def random_migration(random: Random) -> Migration:
     after = [*before[lost:], *(f"j-{index:02}" for index in range(joined))]
     old, new = (_random_shape(random, model, len(there) * devices) for there in (before, after))
     links = InstanceLinks(Link(1e-4, random.choice([1.25e9, 5e9, 6.25e9])), Link(1e-5, 2e10))
-    contexts = [[random.randint(64, 4096) for _ in range(random.randint(0, 16))] for _ in range(old[0])]
+    contexts = [[random.randint(64, 4096) for _ in range(random.randint(0, 8))] for _ in range(old[0])]
     return migration(
         f"{model.name} {old} -> {new}",
         model,
@@ -132,6 +132,7 @@ def random_migration(random: Random) -> Migration:
         devices=devices,
         links=links,
         contexts=contexts,
+        nearly=nearly,
     )
 
 

@@ -140,7 +140,7 @@ def _lacks(
     slot, parallel = wanted
     for layer in layers_held(stock.model, parallel, slot.stage):
         missing = stock.missing(layer, parallel.tensor, slot.shard, _kind(stock.model, held.get(device, ()), layer))
-        available = stock.available(layer, missing, device)
+        available = stock.available(layer, missing)
         if available > 0:
             yield _Lack(device, slot, layer, missing, available)
 
@@ -254,12 +254,11 @@ class _Stock:
         rest = self.without(missing, kind)
         return sum((count(missing[num_units]) - count(rest[num_units])) * each[num_units] for num_units in each)
 
-    def available(self, layer: int, missing: _Units, device: DeviceId) -> int:
-        """Bytes of what is missing that devices other than `device` have."""
+    def available(self, layer: int, missing: _Units) -> int:
+        """Bytes of what is missing that somebody has."""
         rest = missing
-        for kind, devices in self.layers.get(layer, {}).items():
-            if any(other != device for other in devices):
-                rest = self.without(rest, kind)
+        for kind in self.layers.get(layer, {}):
+            rest = self.without(rest, kind)
         each = unit_bytes(portions_of(self.model, layer))
         return sum((count(missing[num_units]) - count(rest[num_units])) * each[num_units] for num_units in each)
 

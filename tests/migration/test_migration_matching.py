@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from migration_scene import MODEL
 from placing import every_assignment, scores, total
+from scipy.optimize import linear_sum_assignment
 
 from spotserve.core.cluster import DeviceId
 from spotserve.core.messages import HeldSlot
@@ -116,6 +117,40 @@ def test_two_levels_keep_their_bounds(data, case) -> None:
     assert total(made, place_freely(made).devices) == freely
     assert total(made, placed) * largest >= freely and total(made, placed) * room >= together
     assert room > 1 or total(made, placed) == together
+
+
+def heaviest_together(found: np.ndarray, count: int, shards: int, instances: int, devices: int) -> int:
+    """Every way to give stages to instances, and Kuhn-Munkres on each instance."""
+    best = 0
+    for chosen in itertools.product(range(instances), repeat=count):
+        if max(chosen.count(instance) for instance in chosen) * shards > devices:
+            continue
+        weight = 0
+        for instance in range(instances):
+            rows = [stage * shards + shard for stage in range(count) if chosen[stage] == instance for shard in range(shards)]
+            part = found[rows][:, instance * devices : (instance + 1) * devices]
+            weight += int(part[linear_sum_assignment(part, maximize=True)].sum())
+        best = max(best, weight)
+    return best
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(3, 2, 2, 4), (4, 2, 2, 4), (3, 2, 3, 5), (4, 1, 2, 2), (3, 2, 2, 6)]),
+    st.floats(0.2, 1),
+)
+def test_instances_with_room_for_several_stages_keep_the_bound(seed, case, density) -> None:
+    """At least B / k; single slots are placed best."""
+    count, shards, instances, devices = case
+    random = np.random.default_rng(seed)
+    found = random.integers(0, 10, (count * shards, instances * devices))
+    found[random.random(found.shape) > density] = 0
+    made = scores(found, stages(count, shards), machines(instances, devices))
+    placed = place(made, nearly=0).devices
+    together = heaviest_together(found, count, shards, instances, devices)
+    assert is_together(placed) and len(placed) == count * shards
+    assert total(made, placed) <= together <= total(made, placed) * (devices // shards)
+    assert shards > 1 or total(made, placed) == together
 
 
 @given(st.data(), st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=3), st.lists(st.integers(1, 4), min_size=1, max_size=4))

@@ -109,6 +109,14 @@ def test_what_only_dying_instances_have_comes_first(wanted, fleet, dying) -> Non
         assert order == sorted(order)
 
 
+def test_the_last_copy_of_a_middle_layer_comes_before_the_first_layer() -> None:
+    whole: Shape = (1, 1, 0, 0)
+    staying: list[Shape] = [(5, 1, stage, 0) for stage in (0, 1, 3, 4)]
+    fleet = {DeviceId("i-1", 0): [whole]} | {DeviceId("i-2", shape[2]): [shape] for shape in staying}
+    made = transfers_of({DeviceId("i-3", 0): whole}, fleet, dying={"i-1"})[DeviceId("i-3", 0)]
+    assert [transfer.layer for transfer in made] == [2, -1, 0, 1, 3, 4, 5]
+
+
 def network_load(made: dict[DeviceId, tuple[WeightTransfer, ...]]) -> int:
     """What the busiest instance sends over the network."""
     sent: Counter[str] = Counter()

@@ -36,7 +36,7 @@ class LocalCluster:
         return SystemFolder(self._home / str(self.port))
 
     def start(self, *, replicas: int) -> None:
-        """Starts `spotserve up` and waits until `replicas` serve."""
+        """Starts `spotserve up` and waits until it answers and `replicas` serve."""
         log = (self._home / "up.log").open("ab")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "spotserve", "up", "--port", str(self.port), *self._arguments],
@@ -121,7 +121,7 @@ class LocalCluster:
         try:
             return sum(item["state"] == "serving" for item in self.status()["replicas"])
         except httpx.HTTPError:
-            return 0
+            return -1  # nobody answers
 
 
 @contextmanager
