@@ -281,7 +281,10 @@ class _Tried:
             return ()
         best, shapes = (verdicts[0], self._shapes) if refine is None else self._refined(verdicts[0], refine)
         first = self._candidate(best, shapes, self.ranking.why_best(best))
-        return first, *(self._candidate(each, self._shapes, self.ranking.why_not(each, best)) for each in verdicts[1:])
+        others = [self._candidate(each, self._shapes, self.ranking.why_not(each, best)) for each in verdicts[1:]]
+        if self._limits.is_set and not best.meets:
+            others.sort(key=lambda candidate: -candidate.goodput_rps)  # only the best one's was known until now
+        return first, *others
 
     def _candidate(self, verdict: Verdict, shapes: Sequence[Shape], why: str) -> Candidate:
         new = [(self._pools[pool], shapes[shape], count) for pool, shape, count in verdict.fleet]
