@@ -6,6 +6,7 @@ Machines are billed whole. A pool's free devices are believed to be whole machin
 stays cost nothing more.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -53,6 +54,13 @@ class Choice:
     parallel: Parallel
     pool: Pool
     speed: ReplicaSpeed
+
+
+def alike(choices: Sequence[Choice]) -> list[tuple[ReplicaSpeed, int]]:
+    """Their speeds, each once, with how many there are of it: equal shapes on machines of one type are equally fast."""
+    counts = Counter((choice.parallel, choice.pool.instance_type.name) for choice in choices)
+    speeds = {(choice.parallel, choice.pool.instance_type.name): choice.speed for choice in choices}
+    return [(speeds[kind], count) for kind, count in counts.items()]
 
 
 Fleet: TypeAlias = tuple[tuple[int, int, int], ...]

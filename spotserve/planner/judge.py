@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from spotserve.planner.fleets import Choice, Fleet, Yard
+from spotserve.planner.fleets import Choice, Fleet, Yard, alike
 from spotserve.planner.queueing import capacity_rps, latency
 from spotserve.planner.shapes import Shape
 from spotserve.planner.speed import ReplicaSpeed
@@ -39,9 +39,7 @@ class Judge:
         self, yard: Yard, shapes: Sequence[Shape], fixed: Sequence[Choice], workload: Workload, objective: Objective
     ) -> None:
         self._yard, self._shapes, self._workload, self._objective = yard, shapes, workload, objective
-        kept = Counter((choice.parallel, choice.pool.instance_type.name) for choice in fixed)
-        speeds = {(choice.parallel, choice.pool.instance_type.name): choice.speed for choice in fixed}
-        self._fixed = [(capacity_rps(speeds[alike], workload), speeds[alike], count) for alike, count in kept.items()]
+        self._fixed = [(capacity_rps(speed, workload), speed, count) for speed, count in alike(fixed)]
         self._capacities_rps: dict[int, float] = {}
         self._verdicts: dict[Fleet, Verdict] = {}
 

@@ -16,7 +16,7 @@ pool by pool, points that are dearer and worth no more dropped; the pool with mo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, prod
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,9 @@ Counts = npt.NDArray[np.int64]
 
 CLOSE = 1e-9
 """Sums that differ relatively by less are equal: the order of adding makes such differences."""
+
+_FEW = 2**14
+"""So many combinations are merged sooner than bounds are found."""
 
 
 class Filling:
@@ -133,16 +136,14 @@ def _worth_trying(offers: Sequence[Offer], wanted: float) -> list[Counts]:
     At any dual price m of one unit of value, sum(min_k(cost * k - m * values[k])) + m * wanted bounds the cost of every
     combination from below, and one with k machines costs more by as much as k is above its pool's minimum.
     """
-    if len(offers) == 1:
-        return [np.arange(len(offers[0].values))]
+    steps = [np.concatenate(([True], offer.values[1:] > offer.values[:-1])) for offer in offers]
+    if len(offers) == 1 or prod(len(each) for each in steps) <= _FEW:
+        return [np.flatnonzero(each) for each in steps]
     price, ceiling = _dual_price(offers, wanted)
     reduced = [offer.costs - price * offer.values for offer in offers]
     floor = sum(float(each.min()) for each in reduced) + price * wanted
     spare = ceiling - floor + CLOSE * (abs(ceiling) + price * sum(float(offer.values[-1]) for offer in offers))
-    return [
-        np.flatnonzero((each - each.min() <= spare) & np.concatenate(([True], offer.values[1:] > offer.values[:-1])))
-        for each, offer in zip(reduced, offers, strict=True)
-    ]
+    return [np.flatnonzero((each - each.min() <= spare) & is_step) for each, is_step in zip(reduced, steps, strict=True)]
 
 
 def _dual_price(offers: Sequence[Offer], wanted: float) -> tuple[float, int]:
@@ -153,10 +154,11 @@ def _dual_price(offers: Sequence[Offer], wanted: float) -> tuple[float, int]:
         """Of each pool the machines that are worth most above their cost."""
         return [int((cost - price * offer.values).argmin()) for cost, offer in zip(costs, offers, strict=True)]
 
-    low, high = 0.0, 1.0
+    everything = sum(float(offer.values[-1]) for offer in offers)
+    low, high = 0.0, (1.0 + sum(float(cost[-1]) for cost in costs)) / max(everything, 1e-9)
     while not _reaches(offers, at_price(high), wanted):
-        low, high = high, high * 16
-    while high - low > 1e-9 * high:
+        low, high = high, high * 4
+    while high - low > 1e-4 * high:  # any price bounds; this one is near the best
         middle = (low + high) / 2
         low, high = (low, middle) if _reaches(offers, at_price(middle), wanted) else (middle, high)
     machines = at_price(high)

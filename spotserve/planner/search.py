@@ -25,11 +25,11 @@ import msgspec
 from spotserve.core.hardware import InstanceType
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel
-from spotserve.planner.fleets import Choice, Pool, Program, Yard, all_fleets
+from spotserve.planner.fleets import Choice, Pool, Program, Yard, alike, all_fleets
 from spotserve.planner.judge import Judge, Verdict
 from spotserve.planner.ranking import NEAR, Ranking
 from spotserve.planner.shapes import Loser, Shape, SpeedOf, Tree, calmer, grow, room_for
-from spotserve.planner.unhindered import met_by_most, unhindered_rps
+from spotserve.planner.unhindered import Unhindered
 from spotserve.planner.workload import Latency, Objective, Workload
 
 
@@ -129,6 +129,7 @@ class _Tried:
             self._calm.append(index if shape is top else len(self._shapes))
             self._shapes += [] if shape is top else [shape]
         self._shapes += [shape for tree in self.trees for shape in tree.dominated]
+        self._kept_rps = sum(Unhindered.of(speed, workload).rps(self._limits) * count for speed, count in alike(fixed))
         self._objective = objective
         self._judge = Judge(self._yard, self._shapes, fixed, workload, objective)
         self.ranking = Ranking(self._judge, objective, self._limits)
@@ -211,10 +212,7 @@ class _Tried:
 
     def _program(self, menu: Sequence[int], limits: Objective) -> Program:
         chosen = set(menu)
-        values = [
-            unhindered_rps(shape.speed, self._workload, limits) if index in chosen else 0.0
-            for index, shape in enumerate(self._shapes)
-        ]
+        values = [shape.unhindered.rps(limits) if index in chosen else 0.0 for index, shape in enumerate(self._shapes)]
         return Program(self._yard, self._shapes, values)
 
     def _solved(self, menu: Sequence[int]) -> list[Verdict]:
@@ -239,7 +237,7 @@ class _Tried:
             return [self._limits]
         if self._limits.is_set:
             return [self._limits, *(_tighter(self._limits, factor) for factor in (0.7, 0.5))]
-        alone_s = [met_by_most(self._shapes[index].speed, self._workload, 1.0).e2e_s for index in menu]
+        alone_s = [self._shapes[index].unhindered.met(1.0).e2e_s for index in menu]
         steps = [1.02, 1.1, 1.2, 1.35, 1.6, 2.0, 3.0]
         return [Objective(), *(Objective(e2e_s=min(alone_s) * step) for step in steps)]
 
@@ -255,11 +253,10 @@ class _Tried:
             found.append(self._judge.verdict(fleet))
             return is_enough(found[-1])
 
-        kept = sum(unhindered_rps(choice.speed, self._workload, self._limits) for choice in self._fixed)
         low, high = 0.0, program.most_value
         if enough(low):
             return found
-        step = min(high, max(self._workload.rate_rps - kept, high / 64))
+        step = min(high, max(self._workload.rate_rps - self._kept_rps, high / 64))
         while step < high and not enough(step):
             low, step = step, step * 1.25
         high = min(high, step)
@@ -284,7 +281,10 @@ class _Tried:
             return ()
         best, shapes = (verdicts[0], self._shapes) if refine is None else self._refined(verdicts[0], refine)
         first = self._candidate(best, shapes, self.ranking.why_best(best))
-        return first, *(self._candidate(each, self._shapes, self.ranking.why_not(each, best)) for each in verdicts[1:])
+        others = [self._candidate(each, self._shapes, self.ranking.why_not(each, best)) for each in verdicts[1:]]
+        if self._limits.is_set and not best.meets:
+            others.sort(key=lambda candidate: -candidate.goodput_rps)  # only the best one's was known until now
+        return first, *others
 
     def _candidate(self, verdict: Verdict, shapes: Sequence[Shape], why: str) -> Candidate:
         new = [(self._pools[pool], shapes[shape], count) for pool, shape, count in verdict.fleet]

@@ -24,7 +24,7 @@ from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel
 from spotserve.planner.knapsack import CLOSE
 from spotserve.planner.speed import ReplicaSpeed
-from spotserve.planner.unhindered import met_by_most, most_running, unhindered_rps
+from spotserve.planner.unhindered import Unhindered
 from spotserve.planner.workload import Objective, Workload
 
 SpeedOf: TypeAlias = Callable[[Parallel, InstanceType], ReplicaSpeed | str]
@@ -38,13 +38,15 @@ class Shape:
     parallel: Parallel
     instance_type: InstanceType
     speed: ReplicaSpeed
+    unhindered: Unhindered
     capacity_rps: float
     """What it serves unhindered without limits."""
 
     @classmethod
     def of(cls, parallel: Parallel, instance_type: InstanceType, speed: ReplicaSpeed, workload: Workload) -> "Shape":
         """With the capacity for this workload."""
-        return cls(parallel, instance_type, speed, unhindered_rps(speed, workload, Objective()))
+        unhindered = Unhindered.of(speed, workload)
+        return cls(parallel, instance_type, speed, unhindered, unhindered.rps(Objective()))
 
     @property
     def size(self) -> int:
@@ -84,7 +86,7 @@ def grow(
     """The whole tree for up to `num_devices` devices. Without `model` every cut is believed to be possible."""
     tree = Tree()
     for tensor in _tensors(instance_type, num_devices, model):
-        depths = _Depths(workload, objective)
+        depths = _Depths(objective)
         refusals: list[tuple[int, str]] = []
         deepest = num_devices // tensor if model is None else min(num_devices // tensor, model.num_layers)
         for pipeline in range(1, deepest + 1):
@@ -105,8 +107,8 @@ def grow(
 class _Depths:
     """What pipelines of 1, 2, 3 .. stages serve, all of as many shards: alone, or as shallower ones side by side."""
 
-    def __init__(self, workload: Workload, objective: Objective) -> None:
-        self._workload, self._objective = workload, objective
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
         self._best: dict[int, tuple[float, float]] = {}
         """By depth: requests per second, and the time of a long request alone."""
 
@@ -130,7 +132,7 @@ class _Depths:
         return is_best
 
     def _alone_s(self, shape: Shape) -> float:
-        alone = met_by_most(shape.speed, self._workload, 1.0)
+        alone = shape.unhindered.met(1.0)
         return alone.e2e_s if self._objective.ttft_s is None else alone.ttft_s
 
 
@@ -170,8 +172,9 @@ def _shape(
         elif room < 1:
             return f"its KV cache holds {speed.kv_tokens} tokens: not one request"
         elif room >= batch or batch == 1:
-            missed = met_by_most(speed, workload, 1.0).missed(objective)
-            return f"even alone on it, {missed}" if missed else Shape.of(parallel, instance_type, speed, workload)
+            shape = Shape.of(parallel, instance_type, speed, workload)
+            missed = shape.unhindered.met(1.0).missed(objective)
+            return f"even alone on it, {missed}" if missed else shape
         batch = min(batch // 2, 1 << (max(1, room).bit_length() - 1))
     return refusal
 
@@ -183,7 +186,7 @@ def room_for(speed: ReplicaSpeed, workload: Workload) -> int:
 
 def calmer(shape: Shape, workload: Workload, limits: Objective, speed_of: SpeedOf) -> Shape:
     """The shape with B no larger than can run within the limits: a burst then holds up the first token, not every token."""
-    batch = 1 << max(0, ceil(most_running(shape.speed, workload, limits)) - 1).bit_length()
+    batch = 1 << max(0, ceil(shape.unhindered.most_running(limits)) - 1).bit_length()
     if batch >= shape.parallel.max_batch:
         return shape
     parallel = msgspec.structs.replace(shape.parallel, max_batch=batch)

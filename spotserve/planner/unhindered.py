@@ -40,44 +40,68 @@ class Met:
         )
 
 
-def met_by_most(speed: ReplicaSpeed, workload: Workload, running: float) -> Met:
-    """What requests at the 99th percentile meet while `running` run, each held up by the prompts of those that come.
+@dataclass(frozen=True, slots=True)
+class Unhindered:
+    """One replica under one mix of requests. Made by `of`, which asks about prompts once."""
 
-    Of the end-to-end time the output makes the percentile; the prompt is a median one, since few have both long.
-    """
-    stall_s = (running - 1) * speed.prompt_s(workload.prompt.mean) / workload.output.mean
-    tpot_s = _step_s(speed, workload, running) + stall_s
-    e2e_s = speed.first_token_s(workload.prompt.quantile(0.5)) + max(0.0, workload.output.quantile(0.99) - 1) * tpot_s
-    return Met(speed.first_token_s(workload.prompt.quantile(0.99)), tpot_s, e2e_s)
+    speed: ReplicaSpeed
+    output_mean: float
+    output_p99: float
+    context_mean: float
+    """Tokens of a request that is half through its output."""
+    most: float
+    """Requests at once, by B and the KV cache."""
+    prompt_s: float
+    first_token_p50_s: float
+    first_token_p99_s: float
 
+    @classmethod
+    def of(cls, speed: ReplicaSpeed, workload: Workload) -> "Unhindered":
+        """The rate of the workload does not matter."""
+        prompt, output = workload.prompt, workload.output
+        return cls(
+            speed=speed,
+            output_mean=output.mean,
+            output_p99=output.quantile(0.99),
+            context_mean=prompt.mean + output.mean / 2,
+            most=max(1.0, min(float(speed.max_batch), speed.kv_tokens / (prompt.mean + output.mean))),
+            prompt_s=speed.prompt_s(prompt.mean),
+            first_token_p50_s=speed.first_token_s(prompt.quantile(0.5)),
+            first_token_p99_s=speed.first_token_s(prompt.quantile(0.99)),
+        )
 
-def most_running(speed: ReplicaSpeed, workload: Workload, limits: Objective) -> float:
-    """How many requests can run at once within B, the KV cache and the limits; 0 when one alone is too slow."""
-    if not met_by_most(speed, workload, 1.0).keeps(limits):
-        return 0.0
-    most = max(1.0, min(float(speed.max_batch), speed.kv_tokens / (workload.prompt.mean + workload.output.mean)))
-    if met_by_most(speed, workload, most).keeps(limits):
-        return most
-    low, high = 1.0, most
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if met_by_most(speed, workload, middle).keeps(limits) else (low, middle)
-    return low
+    def met(self, running: float) -> Met:
+        """What requests at the 99th percentile meet while `running` run, each held up by the prompts of those that come.
 
+        Of the end-to-end time the output makes the percentile; the prompt is a median one, since few have both long.
+        """
+        tpot_s = self._step_s(running) + (running - 1) * self.prompt_s / self.output_mean
+        e2e_s = self.first_token_p50_s + max(0.0, self.output_p99 - 1) * tpot_s
+        return Met(self.first_token_p99_s, tpot_s, e2e_s)
 
-def unhindered_rps(speed: ReplicaSpeed, workload: Workload, limits: Objective) -> float:
-    """Requests per second with `most_running` at all times; 0 when one alone is too slow.
+    def most_running(self, limits: Objective) -> float:
+        """How many requests can run at once within B, the KV cache and the limits; 0 when one alone is too slow."""
+        if not self.met(1.0).keeps(limits):
+            return 0.0
+        if self.met(self.most).keeps(limits):
+            return self.most
+        low, high = 1.0, self.most
+        while high - low > 1e-3 * high:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.met(middle).keeps(limits) else (low, middle)
+        return low
 
-    A request keeps the replica busy for its prompt and for its share of every step: prompt_s + output * token_s(n) / n.
-    """
-    running = most_running(speed, workload, limits)
-    if running == 0:
-        return 0.0
-    shared_s = workload.output.mean * _step_s(speed, workload, running) / running
-    busy_s = speed.prompt_s(workload.prompt.mean) + shared_s
-    return 1 / busy_s if busy_s > 0 else inf
+    def rps(self, limits: Objective) -> float:
+        """Requests per second with `most_running` at all times; 0 when one alone is too slow.
 
+        A request keeps the replica busy for its prompt and for its share of every step: prompt_s + output * token_s(n) / n.
+        """
+        running = self.most_running(limits)
+        if running == 0:
+            return 0.0
+        busy_s = self.prompt_s + self.output_mean * self._step_s(running) / running
+        return 1 / busy_s if busy_s > 0 else inf
 
-def _step_s(speed: ReplicaSpeed, workload: Workload, running: float) -> float:
-    """Between two tokens when requests are on average half through their outputs."""
-    return speed.token_s(running, running * (workload.prompt.mean + workload.output.mean / 2))
+    def _step_s(self, running: float) -> float:
+        """Between two tokens when requests are on average half through their outputs."""
+        return self.speed.token_s(running, running * self.context_mean)

@@ -5,9 +5,10 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from spotserve.planner import knapsack
 from spotserve.planner.knapsack import Filling, Offer, cheapest
 
 items = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), max_size=4)
@@ -49,9 +50,15 @@ def offers(draw: st.DrawFn) -> list[Offer]:
     return [Offer(cost, np.cumsum(curve, dtype=np.float64)) for cost, curve in zip(costs, curves, strict=True)]
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.parametrize("few", [0, 2**14])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(offers(), st.integers(0, 60))
-def test_the_cheapest_combination_is_that_of_trying_everything(offers: list[Offer], wanted: int) -> None:
+def test_the_cheapest_combination_is_that_of_trying_everything(
+    monkeypatch: pytest.MonkeyPatch, few: int, offers: list[Offer], wanted: int
+) -> None:
+    """With the bounds, and without them where there is little to bound."""
+    monkeypatch.setattr(knapsack, "_FEW", few)
+
     def value(machines: tuple[int, ...]) -> float:
         return float(sum(offer.values[count] for offer, count in zip(offers, machines, strict=True)))
 
