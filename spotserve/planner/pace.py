@@ -1,0 +1,88 @@
+"""One kind of replica under one mix of requests: what tokens, prompts and slots take of its time.
+
+`ReplicaSpeed` answers for one number of sequences at a time; here it is asked some fifty times, whatever the batch limit, and the
+rest is interpolated. Between two queries nothing may happen that a planner should know of: times are smooth, but for the kink
+where reading weights ceases to be the bottleneck.
+
+Pure. Knows a replica and lengths; no arrivals, no other replicas.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from spotserve.planner.sample import Floats, Sample
+from spotserve.planner.speed import ReplicaSpeed
+
+_NUM_KNOTS = 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pace:
+    """What a replica does with a mix of requests."""
+
+    max_batch: int
+    """By which the router weighs its load."""
+    slots: float
+    """Sequences that run at once: the batch limit or, where that is less, as many as the KV cache holds on average."""
+    running: Floats
+    """Numbers of sequences (K,), ascending, from 1 to `slots`."""
+    iterations_s: Floats
+    """Time of an iteration when so many run (K,)."""
+    context_s: float
+    """By how much an iteration grows per token of context, when all slots are taken."""
+    prompt_s: Floats
+    """For how long each prompt of the sample stops everybody else (N,)."""
+    first_token_s: Floats
+    """Until each prompt of the sample is through (N,)."""
+    prompt_mean_s: float
+    prompt_var: float
+    """Variance of `prompt_s`, s^2."""
+    first_token_mean_s: float
+    is_pipeline: bool
+    """Whether a prompt has stages to pass when others need no longer wait for it."""
+    decoded_mean: float
+    """Tokens of a request after its first."""
+    service_cv2: float
+    """Squared coefficient of variation of the time for which a request has a slot, when all are taken."""
+    capacity_rps: float
+    """Requests per second when all slots are always taken."""
+
+
+def pace(speed: ReplicaSpeed, requests: Sample) -> Pace:
+    """How a replica of this speed does with these requests. A request must take time."""
+    slots = max(1.0, min(float(speed.max_batch), speed.kv_tokens / requests.context_mean))
+    running = np.unique(np.concatenate((np.geomspace(1.0, slots, _NUM_KNOTS), np.arange(1.0, min(slots, 4.0) + 0.5))))
+    iterations_s = np.array([speed.token_s(count, count * requests.context_mean) for count in running.tolist()])
+    longest_s = float(iterations_s[-1])
+    prompt_s = _of_prompts(requests, speed.prompt_s)
+    first_token_s = _of_prompts(requests, speed.first_token_s)
+    prompt_mean_s, decoded_mean = float(prompt_s.mean()), requests.decoded_mean
+    turn_s = decoded_mean * longest_s + slots * prompt_mean_s
+    assert turn_s > 0, "a request takes time"
+    others_s = (slots - 1) * prompt_mean_s / decoded_mean if decoded_mean > 0 else 0.0
+    taken_s = prompt_s + requests.decoded * (longest_s + others_s)
+    more = 1.02 * slots * requests.context_mean
+    return Pace(
+        max_batch=speed.max_batch,
+        slots=slots,
+        running=running,
+        iterations_s=iterations_s,
+        context_s=(speed.token_s(slots, more) - longest_s) / (more - slots * requests.context_mean),
+        prompt_s=prompt_s,
+        first_token_s=first_token_s,
+        prompt_mean_s=prompt_mean_s,
+        prompt_var=float(prompt_s.var()),
+        first_token_mean_s=float(first_token_s.mean()),
+        is_pipeline=bool((first_token_s > 1.001 * prompt_s).any()),
+        decoded_mean=decoded_mean,
+        service_cv2=float(taken_s.var()) / max(float(taken_s.mean()) ** 2, 1e-300),
+        capacity_rps=slots / turn_s,
+    )
+
+
+def _of_prompts(requests: Sample, seconds: Callable[[float], float]) -> Floats:
+    """Times of all prompts of the sample, from those of a few (N,)."""
+    times_s = [seconds(tokens) for tokens in requests.prompt_knots.tolist()]
+    return np.asarray(np.interp(requests.prompt, requests.prompt_knots, times_s))
