@@ -12,9 +12,11 @@ Pure. Knows nothing of limits and choices.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import pi, sqrt
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtr
 
 from spotserve.planner.occupancy import MIN_Z, NO_WAIT, Occupancy, Wait, occupancy, queue
 from spotserve.planner.pace import Pace
@@ -22,7 +24,6 @@ from spotserve.planner.sample import BOUNDARY, CONTEXT, OCCUPANCY, PROMPT_WAIT, 
 
 _MAX_CELLS = 512
 _TINY = 1e-12
-Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +85,12 @@ class _Load:
 class _View:
     """One replica of a kind as an arrival makes it that finds the pool in each cell of its occupancy: arrays (L + 1,)."""
 
-    full: Flags
-    """All its slots are taken."""
-    shares_iteration: Flags
-    """An iteration is on its way, and there is a slot."""
+    full: Floats
+    """Probability that all its slots are taken: 0 or 1, but where memory says how many there are."""
+    shares_iteration: Floats
+    """Probability that an iteration is on its way, and there is a slot."""
     disturbed: Floats
-    """Of its share of the arrivals, those that come while it is in this state."""
+    """Of its share of the arrivals, those that come while it is in this state and has a slot."""
     late_s: Floats
     """Wait for a slot of this replica while others have some."""
     running: Floats
@@ -112,7 +113,7 @@ def meet(members: Sequence[Member], requests: Sample, *, rate_rps: float, gap_cv
     loads = [
         _load(each, each.pace.max_batch / total, rate_rps * each.pace.capacity_rps / capacity_rps, gap_cv2) for each in members
     ]
-    fullest = max(load.pace.slots / load.weight for load in loads)
+    fullest = max((load.pace.slots + 2 * load.pace.slots_std) / load.weight for load in loads)
     seats = max(1, int(fullest + 1e-9))
     num_cells = min(seats, _MAX_CELLS)
     step = seats / num_cells
@@ -150,30 +151,42 @@ def _view(load: _Load, with_one: Floats, requests: Sample, gap_cv2: float) -> _V
     """`with_one`: sequences in the pool with the one that arrives (L + 1,)."""
     pace = load.pace
     on_each = with_one * load.weight
-    full = on_each >= pace.slots - 1e-9
-    shares_iteration = ~full & ((with_one - 1) * load.weight >= 1 - 1e-9)
-    running = np.where(full, pace.slots, _decoding(load, on_each))
+    full, excess = _beyond_slots(pace, on_each)
+    shares_iteration = (1 - full) * ((with_one - 1) * load.weight >= 1 - 1e-9)
+    running = full * pace.slots + (1 - full) * _decoding(load, on_each)
     iteration_s = np.interp(running, pace.running, pace.iterations_s)
     disturbed = np.maximum(0.0, 1 - (1 - 1 / load.count) / on_each)
     prompts = load.prompt_load * disturbed
-    turn_s = (pace.slots - 1) * pace.prompt_mean_s / max(pace.decoded_mean, _TINY)
-    token_s = np.where(full, iteration_s + turn_s, iteration_s / (1 - prompts))
+    queued = full if pace.slots_std == 0 else np.minimum(full, excess)  # a full cache is no queue yet
+    token_s = queued * (iteration_s + pace.others_s) + (1 - queued) * iteration_s / (1 - prompts)
     alone_rps = np.sqrt(running / np.maximum(pace.decoded_mean * iteration_s, _TINY) * (load.rate_rps / (1 - load.prompt_load)))
     stay_s = pace.first_token_mean_s + load.prompt_wait.probability * load.prompt_wait.mean_s + pace.decoded_mean * token_s
     decoding = np.minimum(1.0, on_each * pace.decoded_mean * token_s / np.maximum(stay_s, _TINY))  # whether anyone is
-    leaving_rps = np.where(full, pace.capacity_rps, on_each / np.maximum(stay_s, _TINY))
+    leaving_rps = queued * pace.capacity_rps + (1 - queued) * on_each / np.maximum(stay_s, _TINY)
     return _View(
         full=full,
         shares_iteration=shares_iteration,
-        disturbed=np.where(full, 0.0, disturbed),
-        late_s=np.maximum(on_each - pace.slots, 0.0) / pace.capacity_rps,
+        disturbed=(1 - full) * disturbed,
+        late_s=excess / pace.capacity_rps,
         running=running,
         iteration_s=iteration_s,
         token_s=token_s,
-        boundary_s=np.where(shares_iteration, decoding * iteration_s * (1 + prompts) / (1 - prompts), 0.0),
+        boundary_s=shares_iteration * decoding * iteration_s * (1 + prompts) / (1 - prompts),
         departures_rps=load.count * leaving_rps,
         z=_z(load, alone_rps * disturbed * (1 - 1 / pace.slots), requests, gap_cv2),
     )
+
+
+def _beyond_slots(pace: Pace, on_each: Floats) -> tuple[Floats, Floats]:
+    """Of so many sequences, the probability that they take all slots, and how many more there are on average."""
+    more = on_each - pace.slots
+    if pace.slots_std == 0:
+        return np.where(more >= -1e-9, 1.0, 0.0), np.maximum(more, 0.0)
+    scaled = more / pace.slots_std
+    full = np.asarray(ndtr(scaled))
+    excess = pace.slots_std * (scaled * full + np.exp(-scaled * scaled / 2) / sqrt(2 * pi))
+    full[-1] = 1.0
+    return full, excess
 
 
 def _decoding(load: _Load, on_each: Floats) -> Floats:
@@ -205,7 +218,7 @@ def _met(
     beyond_s = found.wait_mean_s * load.weight * pool_rps / pace.capacity_rps
     prompts_s = load.prompt_wait.probability * load.prompt_wait.mean_s
 
-    first_s = pace.first_token_mean_s + view.late_s + view.boundary_s / 2 + np.where(view.shares_iteration, prompts_s, 0.0)
+    first_s = pace.first_token_mean_s + view.late_s + view.boundary_s / 2 + view.shares_iteration * prompts_s
     ttft_sum_s = float(shares @ first_s + shares[-1] * beyond_s)
     token_sum_s = float(shares @ view.token_s)
     once_s = float(shares @ view.disturbed) * load.backlog_s(decoded, prompts_s, pace.prompt_mean_s)
@@ -254,9 +267,7 @@ def _decode_s(
     alone = (view.iteration_s / view.token_s)[cells]
     disturbed = view.disturbed[cells]
     stalled_s = decoded * token_s * (1 - alone) + disturbed * load.backlog_s(decoded, waited_s, pace.prompt_s)
-    arrived = load.rate_rps * (
-        np.where(view.full[cells], 1.0, disturbed) * decoded * token_s + disturbed * (waited_s + pace.prompt_s)
-    )
+    arrived = load.rate_rps * (np.maximum(view.full[cells], disturbed) * decoded * token_s + disturbed * (waited_s + pace.prompt_s))
     variance = arrived * (load.gap_cv2 * pace.prompt_mean_s**2 + pace.prompt_var)
     deviation2 = np.log1p(variance / np.maximum(stalled_s, _TINY) ** 2)
     decode_s = decoded * token_s * alone + stalled_s * np.exp(np.sqrt(deviation2) * STALL - deviation2 / 2)

@@ -47,6 +47,8 @@ class Sample:
     """Tokens after the first (N,), which the prompt itself gives."""
     prompt_knots: Floats
     """A few prompt lengths between the shortest and the longest, ascending."""
+    prompt_residual: float
+    """Expected tokens of a prompt that is picked by its tokens: of the one that does not fit any more."""
     decoded_mean: float
     decoded_cv2: float
     """Squared coefficient of variation of `decoded`."""
@@ -66,6 +68,7 @@ def sample(prompt: Lengths, output: Lengths) -> Sample:
         prompt=prompts,
         decoded=decoded,
         prompt_knots=np.unique(np.quantile(prompts, np.linspace(0, 1, _NUM_KNOTS))),
+        prompt_residual=float((prompts * prompts).mean() / prompts.mean()),
         decoded_mean=moment1,
         decoded_cv2=moment2 / moment1**2 - 1 if moment1 > 0 else 0.0,
         context_mean=float(prompts.mean()) + 1 + age,

@@ -63,9 +63,10 @@ class _Replica:
     waiting: deque[Call] = field(default_factory=deque)
     running: list[_Running] = field(default_factory=list)
     """In order of admission."""
+    num_begun: int = 0
     decoding: int = 0
     ends: list[tuple[int, int, _Running]] = field(default_factory=list)
-    """(iteration of the last token, tie break, who), a heap; evicted ones stay in it until they come up."""
+    """(iteration of the last token, order, who), a heap; evicted ones stay in it until they come up."""
     preparing: deque[_Running] = field(default_factory=deque)
 
     @property
@@ -73,10 +74,11 @@ class _Replica:
         return len(self.waiting) + len(self.running)
 
     def advance(self, until_s: float) -> None:
-        """Passes all boundaries before `until_s`."""
+        """Passes all boundaries before `until_s`; an idle replica has none and is ready then."""
         while self.load and self.now_s < until_s:
             self._boundary()
-        self.now_s = max(self.now_s, until_s) if not self.load else self.now_s
+        if not self.load:
+            self.now_s = max(self.now_s, until_s)
 
     def _boundary(self) -> None:
         self._retire()
@@ -123,7 +125,8 @@ class _Replica:
         self.decoding += 1
         self.context += who.call.prompt + 1 + who.call.decoded
         end = self.iteration + who.call.output - 1 - who.call.decoded
-        heapq.heappush(self.ends, (end, id(who), who))
+        heapq.heappush(self.ends, (end, self.num_begun, who))
+        self.num_begun += 1
         if end == self.iteration:
             who.call.end_s = max(who.ready_s, who.call.first_token_s)
             self._remove(who)

@@ -155,8 +155,17 @@ def test_capacity_is_where_latency_ceases_to_be_finite(speed: Roofline) -> None:
 def test_capacity_is_that_of_slots_that_are_always_taken() -> None:
     speed = Roofline(max_batch=10, weights_s=0.02, prompt_token_s=1e-4)
     assert capacity_rps(speed, FIXED) == pytest.approx(10 / (200 * 0.02 + 10 * 0.0512))
-    held = 512 + 1 + 200 / 2
-    assert capacity_rps(replace(speed, kv_tokens=5 * held), FIXED) == pytest.approx(5 / (200 * 0.02 + 5 * 0.0512))
+    short = replace(speed, kv_tokens=512 + 5 * (512 + 1 + 200 // 2))
+    prompts = 1 + 0.6 * 200 / 512  # some are computed again
+    assert capacity_rps(short, FIXED) == pytest.approx(5 / (200 * 0.02 + 5 * 0.0512 * prompts), rel=1e-4)
+
+
+def test_capacity_is_what_an_overloaded_twin_finishes_when_memory_is_short() -> None:
+    for speed, workload in ((replace(WEIGHTS_BOUND, kv_tokens=16_000), FIXED), (replace(WEIGHTS_BOUND, kv_tokens=60_000), VARIED)):
+        calls = arrivals(at_load(2.0, workload, speed), 1500, Random(4))
+        ends_s = sorted(call.end_s for call in simulate([speed], calls))
+        seen_rps = 600 / (ends_s[999] - ends_s[399])
+        assert capacity_rps(speed, workload) == pytest.approx(seen_rps, rel=0.1)
 
 
 speeds_drawn = st.builds(
@@ -180,7 +189,7 @@ def test_latency_grows_with_the_rate(speed: Roofline, workload: Workload, replic
     low, high = (
         seconds(latency([speed] * replicas, each)) for each in (workload, replace(workload, rate_rps=more * workload.rate_rps))
     )
-    assert (high >= low * (1 - 2e-3))[[0, 1, 4, 5]].all(), (low, high)
+    assert (high >= low * (1 - 2e-3) - 0.1 * speed.weights_s)[[0, 1, 4, 5]].all(), (low, high)
 
 
 @settings(max_examples=40, deadline=None)
@@ -195,7 +204,7 @@ def test_more_replicas_and_faster_ones_are_better(speed: Roofline, workload: Wor
         speed.max_batch, 1e5
     )  # who waits for a slot does not wait for an iteration: at most that can be lost
     assert (seconds(latency([faster] * replicas, workload)) <= alone + boundary_s)[[0, 1, 4, 5]].all()
-    assert (seconds(latency([speed] * (replicas + 1), workload)) <= alone * 1.005)[[0, 1, 4, 5]].all()
+    assert (seconds(latency([speed] * (replicas + 1), workload)) <= alone * 1.005 + boundary_s)[[0, 1, 4, 5]].all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -203,7 +212,7 @@ def test_more_replicas_and_faster_ones_are_better(speed: Roofline, workload: Wor
 def test_order_does_not_matter_and_percentiles_exceed_medians(a: Roofline, b: Roofline, workload: Workload, load: float) -> None:
     workload = at_load(load, workload, a, b)
     met = latency([a, b], workload)
-    assert seconds(met) == pytest.approx(seconds(latency([b, a], workload)), rel=1e-9)
+    assert seconds(met) == pytest.approx(seconds(latency([b, a], workload)), rel=1e-6)
     assert np.isfinite(seconds(met)).all() and (seconds(met) >= 0).all()
     assert met.e2e_mean_s >= met.ttft_mean_s
 
@@ -254,6 +263,7 @@ TWINS = {
     "weights-bound": ([WEIGHTS_BOUND], VARIED, 0.6, 1.0, 4000, 0.1, 0.25),
     "compute-bound": ([COMPUTE_BOUND], FIXED, 0.7, 1.0, 8000, 0.1, 0.25),
     "few slots": ([SMALL_BATCH], VARIED, 0.5, 1.0, 8000, 0.1, 0.25),
+    "little memory": ([replace(WEIGHTS_BOUND, kv_tokens=16_000)], FIXED, 0.8, 1.0, 10000, 0.2, 0.3),
     "four replicas": ([COMPUTE_BOUND] * 4, VARIED, 0.7, 1.0, 6000, 0.1, 0.25),
     "unlike replicas": ([WEIGHTS_BOUND, SMALL_BATCH, COMPUTE_BOUND], VARIED, 0.6, 1.0, 6000, 0.1, 0.25),
     "near periodic": ([WEIGHTS_BOUND], VARIED, 0.8, 0.05, 2000, 0.15, 0.25),
@@ -276,7 +286,6 @@ def test_the_twin_meets_what_the_model_says(name: str) -> None:
     ):
         seen += [np.mean(values), np.quantile(values, 0.99)]
     modelled = seconds(latency(speeds, workload))
-    print(name, [f"{error:+.0%}" for error in modelled / np.array(seen) - 1])
     assert modelled[0::2] == pytest.approx(seen[0::2], rel=off_mean)
     assert modelled[1::2] == pytest.approx(seen[1::2], rel=off_p99)
 
