@@ -19,11 +19,11 @@ from functools import partial
 
 from rich.console import Console
 from rich.table import Table
+
+from spotserve.planner import judge
 from spotserve.planner.cost import replica_cost
 from spotserve.planner.devices import instance_type, price_usd_per_hour
 from spotserve.planner.models import named_model
-
-from spotserve.planner import judge
 from spotserve.planner.search import Pool, SearchResult, search
 from spotserve.planner.workload import Latency, Lengths, Objective, Workload
 

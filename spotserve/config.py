@@ -124,6 +124,9 @@ class ControllerSettings(Section):
     """Stages of a replica (P)."""
     tensor: int = Field(1, ge=1)
     """Shards of a stage (M)."""
+    use_idle: bool = True
+    """With `auto`: whether devices beside the best plan get replicas, too, since machines that are there are paid for; false: they
+    are left, to be returned."""
     ttft_s: float | None = Field(None, gt=0)
     """Limit of the time to the first token, at the 99th percentile; None: none. Limits guide the planner."""
     tpot_s: float | None = Field(None, gt=0)

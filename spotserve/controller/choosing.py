@@ -70,6 +70,7 @@ class Chooser:
         self._demand = demand
         self._objective = Objective(ttft_s=settings.ttft_s, tpot_s=settings.tpot_s, e2e_s=settings.e2e_s)
         self._engine = engine
+        self._use_idle = settings.use_idle
         self._proposer = Proposer(fleet)
         self.hazards = HazardBook()
         self.alternatives: tuple[Alternative, ...] = ()
@@ -109,7 +110,8 @@ class Chooser:
             return problem
         is_look = self.look_s is not None and now_s >= self.look_s
         self.look_s = now_s + QUIET_S
-        terms = Terms(self._demand.workload(now_s).within(self._longest()), self._objective, self._engine)
+        workload = self._demand.workload(now_s).within(self._longest())
+        terms = Terms(workload, self._objective, self._engine, use_idle=self._use_idle)
         self.terms = terms
         kept = self._proposer.keepable(staying, terms)
         running, fixed = [replica for replica, _ in kept], [choice for _, choice in kept]
@@ -141,8 +143,8 @@ class Chooser:
         tempting = [each for each in others if self._better(grown, [each], risk)[0] is not grown]
         weighed = [self._with_change(each, now_s) for each in tempting]
         chosen, reason = self._better(grown, weighed, risk)
-        told = {each.name: Alternative(each, False, "serves no better, even if changing cost nothing") for each in others}
-        told |= {each.name: Alternative(each, False, "does not pay what the change costs") for each in weighed}
+        told = {each.name: Alternative(each, False, each.why) for each in others}
+        told |= {each.name: Alternative(each, False, f"does not pay what the change costs; {each.why}") for each in weighed}
         if chosen is not grown and grown.replicas:
             told[grown.name] = Alternative(grown, False, f"what runs, grown: {grown.why}")
         told.pop(chosen.name, None)

@@ -72,6 +72,8 @@ class Terms:
     workload: Workload
     objective: Objective
     engine: EngineTerms
+    use_idle: bool = True
+    """Whether devices beside the best plan get something to do."""
 
 
 class Proposer:
@@ -135,7 +137,7 @@ class Proposer:
             used[choice.pool.kind] += choice.parallel.num_slots
         rest = (replace(pool, num_devices=pool.num_devices - used[pool.kind]) for pool in pools)
         idle = [pool for pool in rest if pool.num_devices > 0]
-        if not idle:
+        if not idle or not terms.use_idle:
             return choices
         everything = replace(terms, workload=replace(terms.workload, rate_rps=ENDLESS_RPS), objective=Objective())
         found = search(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from spotserve.controller.adoption import incomplete
-from spotserve.controller.bringup import arrange, bring_up
+from spotserve.controller.bringup import Arrangement, arrange, bring_up
 from spotserve.controller.changes import Changes
 from spotserve.controller.choosing import Chooser
 from spotserve.controller.fleet import Fleet
@@ -43,6 +43,8 @@ class Recut:
         """The shape that was wanted when a replica of that shape last began to serve."""
         self.wanted = wanted
         self.plan: Plan | None = None
+        self.arrangement: Arrangement | None = None
+        """Of the last plan that had something to bring up."""
         self.changes = Changes(fleet)
 
     def use_numbers_after(self, replica_ids: set[str]) -> None:
@@ -97,6 +99,8 @@ class Recut:
         ]
         arrangement = arrange(self._fleet, missing, free, now_s=now_s)
         activations = bring_up(self._fleet, missing, arrangement, target.epoch)
+        if missing:
+            self.arrangement = arrangement
         if target is not self.plan and (missing or outgoing):
             self.changes.begin(
                 epoch=target.epoch,

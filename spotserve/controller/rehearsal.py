@@ -32,6 +32,8 @@ from spotserve.core.messages import (
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import ReplicaPlan, Slot
 
+START_S = 1.0
+LOSS_S = 10.0
 _HOST = "rehearsal"
 _MOST_TURNS = 100_000
 
@@ -64,6 +66,8 @@ class Rehearsal:
     """Replicas that served when the last change began."""
     activations: list[Activate] = field(default_factory=list)
     """What the last change has devices bring up."""
+    began_s: float = START_S
+    """When the last change began, on the rehearsal's clock."""
 
 
 def rehearse(
@@ -84,17 +88,17 @@ def rehearse(
         for each in machines
     ]
     _play(rehearsal, model, launched, now_s=0.0)
-    _play(rehearsal, model, (_registered(number, each, model, standing) for number, each in enumerate(machines)), now_s=1.0)
+    _play(rehearsal, model, (_registered(number, each, model, standing) for number, each in enumerate(machines)), now_s=START_S)
     if lose:
         rehearsal.before = {
             replica_id: Standing(replica.plan, dict(replica.devices)) for replica_id, replica in state.replicas.items()
         }
-        rehearsal.activations = []
+        rehearsal.activations, rehearsal.began_s = [], LOSS_S
         events: list[Event] = [InstanceLost(instance_id=each, reason="rehearsal") for each in lose]
         if grace_s > 0:
-            notices = (Notice(instance_id=each, deadline_s=10.0 + grace_s, source="rehearsal") for each in lose)
+            notices = (Notice(instance_id=each, deadline_s=LOSS_S + grace_s, source="rehearsal") for each in lose)
             events = [*(NoticeReceived(notice=notice) for notice in notices), *events]
-        _play(rehearsal, model, events, now_s=10.0)
+        _play(rehearsal, model, events, now_s=LOSS_S)
     return rehearsal
 
 

@@ -10,13 +10,14 @@ from collections.abc import Iterable
 
 from spotserve.config import ControllerSettings
 from spotserve.controller.adoption import adopt, adopt_slot, incomplete
+from spotserve.controller.bringup import Arrangement
 from spotserve.controller.choosing import Alternative, Chooser
 from spotserve.controller.demand import Demand
 from spotserve.controller.fleet import Fleet
 from spotserve.controller.journal import Journal, shape_text
 from spotserve.controller.leaving import deadline_of, tell
 from spotserve.controller.notices import REVERT_AFTER_S, announce, revert
-from spotserve.controller.proposals import EngineTerms
+from spotserve.controller.proposals import EngineTerms, Terms
 from spotserve.controller.records import Change, Decision, FleetEvent, Instance, Replica
 from spotserve.controller.recut import Recut
 from spotserve.controller.retries import Retries
@@ -111,6 +112,21 @@ class ControllerState:
     def alternatives(self) -> tuple[Alternative, ...]:
         """Plans that the planner weighed last, the chosen one first."""
         return self._chooser.alternatives
+
+    @property
+    def losers(self) -> tuple[str, ...]:
+        """What never became a plan when the planner found little, and why."""
+        return self._chooser.losers
+
+    @property
+    def terms(self) -> Terms | None:
+        """What the planner planned for last."""
+        return self._chooser.terms
+
+    @property
+    def arrangement(self) -> Arrangement | None:
+        """Devices and transfers of the last plan that had something to bring up."""
+        return self._recut.arrangement
 
     @property
     def hazards(self) -> HazardBook:

@@ -18,9 +18,9 @@ def named_model(name: str) -> ModelSpec:
     Raises:
         ConfigError: nobody knows it; the message lists what is known.
     """
-    make = _MODELS.get(name)
+    make = MODELS.get(name)
     if make is None:
-        raise ConfigError(f"model {name!r} is not known; known are {', '.join(_MODELS)}")
+        raise ConfigError(f"model {name!r} is not known; known are {', '.join(MODELS)}")
     return make(name)
 
 
@@ -100,7 +100,7 @@ def _head_units(heads: int, inner: int, vocabulary: int) -> int:
     return gcd(vocabulary, lcm(*possible))
 
 
-_MODELS: dict[str, Callable[[str], ModelSpec]] = {
+MODELS: dict[str, Callable[[str], ModelSpec]] = {
     "llama-2-7b": _gated(layers=32, hidden=4096, heads=32, kv_heads=32, inner=11_008, vocabulary=32_000, context=4096),
     "llama-2-13b": _gated(layers=40, hidden=5120, heads=40, kv_heads=40, inner=13_824, vocabulary=32_000, context=4096),
     "llama-2-70b": _gated(layers=80, hidden=8192, heads=64, kv_heads=8, inner=28_672, vocabulary=32_000, context=4096),
