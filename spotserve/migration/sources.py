@@ -197,9 +197,10 @@ class _Ports:
         else:
             speed = np.minimum(self._speed[self._instance[sources]], self._speeds.get(device.instance_id, self._usual))
             busy, some = self._sending[self._instance[sources]] + num_bytes / speed, sources
-        first = np.lexsort((some, self._given[some], busy))[0] if len(some) > 1 else 0
-        source = int(some[first])
-        return (not len(near), float(busy[first]), float(self._given[source])), source
+        soonest_s = busy.min()
+        some = some[busy == soonest_s]
+        source = int(some[self._given[some].argmin()])
+        return (not len(near), float(soonest_s), float(self._given[source])), source
 
     def add(self, device: DeviceId, taken: Sequence[_Taken], *, sign: int = 1) -> None:
         """Notes transfers to `device`, or with `sign` -1 that they are not made."""
@@ -272,7 +273,7 @@ class _Stock:
         """Bytes of what is missing that somebody has, those of the instances `without` aside."""
         rest = missing
         for kind, places in self.layers.get(layer, {}).items():
-            if any(self._instances[place] not in without for place in places.tolist()):
+            if any(self._instances[place] not in without for place in places):
                 rest = self.without(rest, kind)
         return self._bytes_between(layer, missing, rest) if layer in self._classes else 0
 
