@@ -27,7 +27,7 @@ from spotserve.migration.scores import Ints
 from spotserve.migration.slices import Pieces, count, layers_held, minus, portions_of, unit_bytes
 
 _ROUNDS = 4
-"""Of choosing again; nothing has been seen to change after the third."""
+"""Of choosing again, at most: a bound on the time that it takes."""
 
 _Units: TypeAlias = dict[int, Pieces]
 """Units of one layer, by class."""
