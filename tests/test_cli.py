@@ -15,7 +15,7 @@ from spotserve.cli import app as cli
 from spotserve.core.messages import Address
 from spotserve.system_folder import SystemFolder, SystemRecord
 
-VERBS = ["up", "down", "status", "preempt", "reshape", "demo", "replay"]
+VERBS = ["up", "down", "status", "preempt", "reshape", "plan", "doctor", "demo", "replay"]
 
 STATUS: dict[str, Any] = {
     "epoch": 4,

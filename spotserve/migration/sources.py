@@ -16,15 +16,18 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from spotserve.core.cluster import DeviceId
 from spotserve.core.cut import units_held
 from spotserve.core.messages import Address, HeldSlot, WeightTransfer
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel, Slot
+from spotserve.migration.scores import Ints
 from spotserve.migration.slices import Pieces, count, layers_held, minus, portions_of, unit_bytes
 
 _ROUNDS = 4
-"""Of choosing again; nothing has been seen to change after the third."""
+"""Of choosing again, at most: a bound on the time that it takes."""
 
 _Units: TypeAlias = dict[int, Pieces]
 """Units of one layer, by class."""
@@ -104,7 +107,7 @@ def choose_sources(
     """The same, as scheduling wants to know it; `sources` are what can be reached of `held`."""
     stock = _Stock(model, sources)
     lacks = [lack for device in sorted(wanted) for lack in _lacks(stock, device, wanted[device], held)]
-    ports = _Ports(network_bytes_per_s or {}, frozenset(dying))
+    ports = _Ports(stock.devices, network_bytes_per_s or {}, dying)
     taken: dict[int, tuple[_Taken, ...]] = {}
     largest_first = sorted(range(len(lacks)), key=lambda index: (-lacks[index].num_bytes, index))
     for index in largest_first:
@@ -152,17 +155,11 @@ def _choose(stock: "_Stock", lack: _Lack, ports: "_Ports") -> tuple[_Taken, ...]
     kinds = dict(stock.layers[lack.layer])
     while any(missing.values()):
         gains = {kind: stock.gain(lack.layer, missing, kind) for kind in kinds}
-        offers = [
-            (ports.when(device, lack.device, gains[kind]), device, kind)
-            for kind, devices in kinds.items()
-            if gains[kind] > 0
-            for device in devices
-            if device != lack.device
-        ]
+        offers = [(*ports.best(kinds[kind], lack.device, gains[kind]), kind) for kind in kinds if gains[kind] > 0]
         if not offers:
             break
         _, source, kind = min(offers)
-        taken.append(_Taken(source, gains[kind]))
+        taken.append(_Taken(stock.devices[source], gains[kind]))
         missing = stock.without(missing, kind)
         del kinds[kind]
     return tuple(taken)
@@ -183,57 +180,82 @@ def _improves(stock: "_Stock", lack: _Lack, index: int, taken: dict[int, tuple[_
 class _Ports:
     """How long ports are busy with what has been chosen so far: what instances send, and devices to their neighbours."""
 
-    def __init__(self, network_bytes_per_s: Mapping[str, float], dying: frozenset[str]) -> None:
-        self._dying = dying
-        self._speeds = network_bytes_per_s
+    def __init__(self, devices: Sequence[DeviceId], network_bytes_per_s: Mapping[str, float], dying: Collection[str]) -> None:
         self._usual = min(network_bytes_per_s.values(), default=1.0)
-        self._sending: dict[str | DeviceId, float] = {}
-        """By instance over the network, by device inside its instance; the latter in bytes."""
-        self._given: dict[DeviceId, int] = {}
+        self._speeds = network_bytes_per_s
+        instances = {instance_id: place for place, instance_id in enumerate(sorted({each.instance_id for each in devices}))}
+        self._place = {device: place for place, device in enumerate(devices)}
+        self._instances = instances
+        self._instance = np.array([instances[each.instance_id] for each in devices], dtype=np.int64)
+        self._speed = np.array([network_bytes_per_s.get(each, self._usual) for each in instances])
+        self._dying = np.array([each in dying for each in instances], dtype=np.bool_)
+        self._sending = np.zeros(len(instances))
+        """Seconds over the network, by instance."""
+        self._inside = np.zeros(len(devices))
+        """Bytes inside its instance, by device."""
+        self._given = np.zeros(len(devices))
 
-    def when(self, source: DeviceId, device: DeviceId, num_bytes: int) -> tuple[bool, bool, float, int]:
-        """How good a source is, the smallest first: whether it goes, whether it crosses the network, when it would have sent all,
-        what it gives."""
-        port = _port(source, device)
-        busy = self._sending.get(port, 0.0) + self._cost(source, device, num_bytes)
-        return source.instance_id in self._dying, port == source.instance_id, busy, self._given.get(source, 0)
+    def best(self, sources: Ints, device: DeviceId, num_bytes: int) -> tuple[tuple[bool, bool, float, float], int]:
+        """Of devices that have the same, the one to take `num_bytes` from and how good it is, the smallest first: whether it goes,
+        whether bytes cross the network, when all would have been sent, what the source has given."""
+        staying = sources[~self._dying[self._instance[sources]]]
+        sources = staying if len(staying) else sources
+        near = sources[self._instance[sources] == self._instances.get(device.instance_id, -1)]
+        if len(near):
+            busy, some = self._inside[near] + num_bytes, near
+        else:
+            speed = np.minimum(self._speed[self._instance[sources]], self._speeds.get(device.instance_id, self._usual))
+            busy, some = self._sending[self._instance[sources]] + num_bytes / speed, sources
+        soonest_s = busy.min()
+        some = some[busy == soonest_s]
+        source = int(some[self._given[some].argmin()])
+        return (not len(staying), not len(near), float(soonest_s), float(self._given[source])), source
 
     def add(self, device: DeviceId, taken: Sequence[_Taken], *, sign: int = 1) -> None:
         """Notes transfers to `device`, or with `sign` -1 that they are not made."""
         for each in taken:
-            port = _port(each.source, device)
-            self._sending[port] = self._sending.get(port, 0.0) + sign * self._cost(each.source, device, each.num_bytes)
-            self._given[each.source] = self._given.get(each.source, 0) + sign * each.num_bytes
+            source = self._place[each.source]
+            self._given[source] += sign * each.num_bytes
+            if each.source.instance_id == device.instance_id:
+                self._inside[source] += sign * each.num_bytes
+            else:
+                instance = self._instance[source]
+                speed = min(self._speed[instance], self._speeds.get(device.instance_id, self._usual))
+                self._sending[instance] += sign * each.num_bytes / speed
 
     def busy_with(self, device: DeviceId, taken: Sequence[_Taken], sources: Collection[DeviceId]) -> list[tuple[bool, float]]:
         """How long the ports of `sources` are busy once `taken` is added, the network's first, the longest first."""
         self.add(device, taken)
-        busy = {port: self._sending.get(port, 0.0) for port in (_port(source, device) for source in sources)}
+        near = {self._place[each] for each in sources if each.instance_id == device.instance_id}
+        far = {int(self._instance[self._place[each]]) for each in sources if each.instance_id != device.instance_id}
+        busy = [(False, float(self._inside[each])) for each in near] + [
+            (True, round(float(self._sending[each]), 9)) for each in far
+        ]
         self.add(device, taken, sign=-1)
-        return sorted(((isinstance(port, str), round(seconds, 9)) for port, seconds in busy.items()), reverse=True)
-
-    def _cost(self, source: DeviceId, device: DeviceId, num_bytes: int) -> float:
-        """Seconds over the network, at the speed of the slower end; bytes inside an instance."""
-        if source.instance_id == device.instance_id:
-            return float(num_bytes)
-        ends = (self._speeds.get(end.instance_id, self._usual) for end in (source, device))
-        return num_bytes / min(ends)
-
-
-def _port(source: DeviceId, device: DeviceId) -> str | DeviceId:
-    return source if source.instance_id == device.instance_id else source.instance_id
+        return sorted(busy, reverse=True)
 
 
 class _Stock:
-    """Who has what of each layer. Devices that have the same of a layer are of one kind, and are counted once."""
+    """Who has what of each layer. Devices that have the same of a layer are of one kind, and bytes are counted once for a kind."""
 
     def __init__(self, model: ModelSpec, sources: Mapping[DeviceId, Sequence[HeldSlot]]) -> None:
         self.model = model
-        self.layers: dict[int, dict[_Kind, list[DeviceId]]] = {}
-        for device in sorted(sources):
-            slots = sources[device]
+        self.devices = sorted(sources)
+        alike: dict[tuple[tuple[Parallel, int, int], ...], list[int]] = {}
+        for place, device in enumerate(self.devices):
+            parts = tuple((each.parallel, each.slot.stage, each.slot.shard) for each in sources[device])
+            alike.setdefault(parts, []).append(place)
+        found: dict[int, dict[_Kind, list[int]]] = {}
+        for places in alike.values():
+            slots = sources[self.devices[places[0]]]
             for layer in sorted({layer for each in slots for layer in layers_held(model, each.parallel, each.slot.stage)}):
-                self.layers.setdefault(layer, {}).setdefault(_kind(model, slots, layer), []).append(device)
+                found.setdefault(layer, {}).setdefault(_kind(model, slots, layer), []).extend(places)
+        self.layers: dict[int, dict[_Kind, Ints]] = {
+            layer: {kind: np.array(sorted(places), dtype=np.int64) for kind, places in kinds.items()}
+            for layer, kinds in found.items()
+        }
+        self._classes = {layer: unit_bytes(portions_of(model, layer)) for layer in found}
+        self._known: dict[tuple[tuple[tuple[int, Pieces], ...], _Kind], _Units] = {}
 
     def missing(self, layer: int, tensor: int, shard: int, kind: _Kind) -> _Units:
         """Of a layer, what one of `tensor` shards lacks where there is `kind`."""
@@ -242,24 +264,28 @@ class _Stock:
 
     def without(self, missing: _Units, kind: _Kind) -> _Units:
         """What is missing beside `kind`."""
-        rest = dict(missing)
-        for num_units in missing:
-            for tensor, shard in kind:
-                rest[num_units] = minus(rest[num_units], units_held(num_units, tensor, shard))
-        return rest
+        key = tuple(missing.items()), kind
+        if key not in self._known:
+            rest = dict(missing)
+            for num_units in missing:
+                for tensor, shard in kind:
+                    rest[num_units] = minus(rest[num_units], units_held(num_units, tensor, shard))
+            self._known[key] = rest
+        return self._known[key]
 
     def gain(self, layer: int, missing: _Units, kind: _Kind) -> int:
         """Bytes of what is missing that `kind` has."""
-        each = unit_bytes(portions_of(self.model, layer))
-        rest = self.without(missing, kind)
-        return sum((count(missing[num_units]) - count(rest[num_units])) * each[num_units] for num_units in each)
+        return self._bytes_between(layer, missing, self.without(missing, kind))
 
     def available(self, layer: int, missing: _Units) -> int:
         """Bytes of what is missing that somebody has."""
         rest = missing
         for kind in self.layers.get(layer, {}):
             rest = self.without(rest, kind)
-        each = unit_bytes(portions_of(self.model, layer))
+        return self._bytes_between(layer, missing, rest) if layer in self._classes else 0
+
+    def _bytes_between(self, layer: int, missing: _Units, rest: _Units) -> int:
+        each = self._classes[layer]
         return sum((count(missing[num_units]) - count(rest[num_units])) * each[num_units] for num_units in each)
 
 
