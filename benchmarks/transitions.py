@@ -23,6 +23,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isclose, isfinite
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from transition_judge import Case, Machines, Modelled, Policy, Verdict, walk
-from transition_published import PublishedPolicy
+from transition_ours import OurPolicy
+from transition_published import MAX_BATCH, PublishedPolicy
 from transition_traces import read_transitions
 
 from spotserve.core.hardware import DeviceType, InstanceType, Link
 from spotserve.migration.spotserve_2024 import PublishedShape
 from spotserve.planner.profile_speed import published_model
 from spotserve.planner.profiles import read_profile
+from spotserve.planner.queueing import latency
 from spotserve.planner.spotserve_2024 import latency_ms
 from spotserve.planner.workload import Lengths, Workload
 
-POLICIES: dict[str, Callable[[Case], Policy]] = {"spotserve-2024": PublishedPolicy}
+POLICIES: dict[str, Callable[[Case], Policy]] = {
+    "spotserve-2024": PublishedPolicy,
+    "spotserve": OurPolicy,
+    "spotserve, B <= 4": partial(OurPolicy, max_batch=MAX_BATCH),
+    "spotserve, only what pays": partial(OurPolicy, use_idle=False),
+}
 """Who is compared, by name; the first is what others are held against."""
-MODELLED: Modelled | None = None
+MODELLED: Modelled = latency
 """What gives the modelled latency."""
 
 

@@ -2,8 +2,8 @@
 
 Two kinds of plans are weighed. *Grown* ones keep every replica that has its devices and give the free devices something to do.
 *Anew* ones are the best for all devices, whatever runs now; what they have in common with what runs stays where it is. A plan from
-anew has to earn what the change costs (`planner.outlook`); devices that idle otherwise are used at once, because that costs
-nothing.
+anew has to earn what the change costs (`planner.outlook`). Devices that idle otherwise are used at once: machines that are there
+are paid for. With `use_idle` off growing has to pay as well, and machines on which nothing runs can be returned.
 
 A large fleet reacts to an event by growing, which costs the same whatever its size, and is looked at as a whole when it has been
 quiet for a while.
@@ -13,6 +13,7 @@ Owner of what is learned of the fleet for planning. Knows no commands.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from spotserve.config import ControllerSettings
 from spotserve.controller.bringup import arrange
@@ -43,8 +44,11 @@ BRING_UP_S = 1.0
 RECOVER_S = 120.0
 """Until a replacement of a lost machine serves: the launch and start-up time of SpotServe (section 6.1)."""
 
+AS_MUCH_SHARE = 0.01
+"""Of the load: plans whose expected service differs by less serve about as much."""
+
 FASTER_SHARE = 0.8
-"""Without limits a plan from anew that serves no more is worth a change if its 99th percentile is at most this share of what is."""
+"""Without limits a plan that serves about as much is worth a change if its 99th percentile is at most this share of the other's."""
 
 COSTS_AT_MOST = 0.05
 """And if the change takes at most this share of the time over which it pays."""
@@ -116,14 +120,17 @@ class Chooser:
         kept = self._proposer.keepable(staying, terms)
         running, fixed = [replica for replica, _ in kept], [choice for _, choice in kept]
         offer = offer_of(self._fleet, running)
-        found = self._proposer.propose(offer.free, running, terms, fixed=fixed, most=1, next_replica_number=next_replica_number)
-        grown = found[0] if found else Proposal()
-        anew: list[Proposal] = []
+        propose = partial(self._proposer.propose, staying=running, terms=terms, next_replica_number=next_replica_number)
+        found = propose(offer.free, fixed=fixed, most=1)
+        base = grown = found[0] if found else Proposal()
+        others: list[Proposal] = []
         if is_look or offer.num_devices <= AT_ONCE_DEVICES or grown.throughput_rps <= terms.workload.rate_rps:
-            anew = self._proposer.propose(offer.all, running, terms, most=ANEW_WEIGHED, next_replica_number=next_replica_number)
-        if not grown.replicas and not anew:
+            others = propose(offer.all, most=ANEW_WEIGHED)
+        if fixed and not self._use_idle:
+            base, others = propose((), fixed=fixed, most=1)[0], [grown, *others]
+        if not base.replicas and not others:
             return "; ".join(self.losers) or "there are no machines"
-        chosen, reason = self._weigh(grown, anew, now_s)
+        chosen, reason = self._weigh(base, others, now_s)
         if current is not None and chosen.replicas == current.replicas:
             return current
         return Plan(epoch=1 if current is None else current.epoch + 1, replicas=chosen.replicas, reason=reason)
@@ -136,46 +143,47 @@ class Chooser:
 
     # ------------------------------------------------------------------ weighing
 
-    def _weigh(self, grown: Proposal, anew: Sequence[Proposal], now_s: float) -> tuple[Proposal, str]:
+    def _weigh(self, base: Proposal, found: Sequence[Proposal], now_s: float) -> tuple[Proposal, str]:
         """What to run, and why. What a change costs is worked out only for plans that would win if it cost nothing."""
-        others = [each for each in anew if each.name != grown.name]
+        others = list({each.name: each for each in found if each.name != base.name}.values())
         risk = self.hazards.risk(now_s, RECOVER_S)
-        tempting = [each for each in others if self._better(grown, [each], risk)[0] is not grown]
+        tempting = [each for each in others if self._better(base, [each], risk)[0] is not base]
         weighed = [self._with_change(each, now_s) for each in tempting]
-        chosen, reason = self._better(grown, weighed, risk)
+        chosen, reason = self._better(base, weighed, risk)
         told = {each.name: Alternative(each, False, each.why) for each in others}
         told |= {each.name: Alternative(each, False, f"does not pay what the change costs; {each.why}") for each in weighed}
-        if chosen is not grown and grown.replicas:
-            told[grown.name] = Alternative(grown, False, f"what runs, grown: {grown.why}")
+        if chosen is not base and base.replicas:
+            told[base.name] = Alternative(base, False, f"what runs: {base.why}")
         told.pop(chosen.name, None)
         self.alternatives = (Alternative(chosen, True, reason), *told.values())
         return chosen, reason
 
-    def _better(self, grown: Proposal, others: Sequence[Proposal], risk: Risk) -> tuple[Proposal, str]:
-        """The best of these by what they are expected to serve; without limits also by how soon."""
+    def _better(self, base: Proposal, others: Sequence[Proposal], risk: Risk) -> tuple[Proposal, str]:
+        """The best of these by what they are expected to serve; without limits, of those that serve about as much, the fastest."""
         assert self.terms is not None
         rate_rps = self.terms.workload.rate_rps
-        by_name = {each.name: each for each in (*others, grown)}
+        by_name = {each.name: each for each in (*others, base)}
         dearest = max(each.usd_per_hour for each in by_name.values())
         verdict = weigh(
             [_option(each) for each in by_name.values()],
-            stay=grown.name,
+            stay=base.name,
             demand_rps=rate_rps,
             risk=risk,
             recover_s=RECOVER_S,
             request_usd=REQUEST_WORTH * max(dearest, 1e-3) / 3600 / max(rate_rps, 1e-3),
         )
         chosen = by_name[verdict.option.name]
-        if chosen is not grown:
+        if self._objective.is_set:
             return chosen, verdict.reason
-        life_s = {each.name: each.life_s for each in verdict.worths}
+        worths = {each.name: each for each in verdict.worths}
+        enough_rps = worths[chosen.name].served_rps - AS_MUCH_SHARE * rate_rps
         for each in sorted(others, key=lambda other: other.latency.e2e_p99_s):
-            is_faster = not self._objective.is_set and each.latency.e2e_p99_s < FASTER_SHARE * grown.latency.e2e_p99_s
-            serves = each.throughput_rps >= min(grown.throughput_rps, rate_rps)
-            if is_faster and serves and each.change_s <= COSTS_AT_MOST * life_s[each.name]:
-                faster = f"end-to-end p99 {each.latency.e2e_p99_s:.3g} s instead of {grown.latency.e2e_p99_s:.3g} s"
+            its = worths[each.name]
+            is_faster = each.latency.e2e_p99_s < FASTER_SHARE * chosen.latency.e2e_p99_s
+            if is_faster and its.served_rps >= enough_rps and each.change_s <= COSTS_AT_MOST * its.life_s:
+                faster = f"end-to-end p99 {each.latency.e2e_p99_s:.3g} s instead of {chosen.latency.e2e_p99_s:.3g} s"
                 return each, f"change to {each.name}: {faster}, for {each.change_s:.3g} s of change"
-        return grown, verdict.reason if others else f"{grown.name}: {grown.why}"
+        return chosen, verdict.reason if others else f"{base.name}: {base.why}"
 
     def _with_change(self, proposal: Proposal, now_s: float) -> Proposal:
         """The same with the time and the bytes until it serves."""

@@ -19,6 +19,7 @@ from spotserve.planner.memory import STEP_TOKENS
 from spotserve.planner.outlook import Footprint
 from spotserve.planner.queueing import latency, max_rate_rps
 from spotserve.planner.search import search
+from spotserve.planner.shapes import SpeedOf
 from spotserve.planner.speed import ReplicaSpeed
 from spotserve.planner.workload import Latency, Objective, Workload
 
@@ -63,6 +64,8 @@ class EngineTerms:
     """What every replica's KV cache has to hold; None: as much as there is room for."""
     step_tokens: int = STEP_TOKENS
     """Tokens of the largest step, whose activations take memory."""
+    speed_of: SpeedOf | None = None
+    """How fast a shape is; None: as the cost model says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,8 @@ class Proposer:
         assert self._fleet.model is not None
         if (reason := self._refused.get((parallel.pipeline, parallel.tensor))) is not None:
             return f"could not be brought up: {reason}"
+        if terms.engine.speed_of is not None:
+            return terms.engine.speed_of(parallel, hardware)
         speed = replica_cost(self._fleet.model, parallel, hardware, terms.engine.step_tokens)
         if isinstance(speed, str) or terms.engine.kv_tokens is None:
             return speed

@@ -128,12 +128,17 @@ class Recut:
         )
 
     def _staying(self) -> list[Replica]:
-        """Replicas that may be kept, those that serve first, oldest first. Of two of one shape that share a device, which happens
-        when a machine stays against its notice, one may."""
+        """Replicas that may be kept, those that serve first, oldest first. Of two that share a device one may. Where all are to be
+        of one shape, two of that shape share one when a machine stays against its notice. Where the planner chooses, two of any
+        shape do while one takes the other's place, and the one that the plan names goes before."""
         staying: list[Replica] = []
-        claimed: dict[Parallel, set[DeviceId]] = {}
-        for replica in (*self._fleet.in_state(ReplicaState.SERVING), *self._fleet.in_state(ReplicaState.LOADING)):
-            taken = claimed.setdefault(replica.plan.parallel, set())
+        claimed: dict[Parallel | None, set[DeviceId]] = {}
+        present = [*self._fleet.in_state(ReplicaState.SERVING), *self._fleet.in_state(ReplicaState.LOADING)]
+        if self.wanted is None and self.plan is not None:
+            named = {replica.replica_id for replica in self.plan.replicas}
+            present.sort(key=lambda replica: replica.replica_id not in named)
+        for replica in present:
+            taken = claimed.setdefault(None if self.wanted is None else replica.plan.parallel, set())
             if replica.complete_by_s is None and self._fleet.is_undisturbed(replica) and taken.isdisjoint(replica.devices.values()):
                 taken.update(replica.devices.values())
                 staying.append(replica)

@@ -66,6 +66,8 @@ class Rehearsal:
     """Replicas that served when the last change began."""
     activations: list[Activate] = field(default_factory=list)
     """What the last change has devices bring up."""
+    earlier: list[Activate] = field(default_factory=list)
+    """What changes before that had them bring up."""
     began_s: float = START_S
     """When the last change began, on the rehearsal's clock."""
 
@@ -93,7 +95,7 @@ def rehearse(
         rehearsal.before = {
             replica_id: Standing(replica.plan, dict(replica.devices)) for replica_id, replica in state.replicas.items()
         }
-        rehearsal.activations, rehearsal.began_s = [], LOSS_S
+        rehearsal.earlier, rehearsal.activations, rehearsal.began_s = rehearsal.activations, [], LOSS_S
         events: list[Event] = [InstanceLost(instance_id=each, reason="rehearsal") for each in lose]
         if grace_s > 0:
             notices = (Notice(instance_id=each, deadline_s=LOSS_S + grace_s, source="rehearsal") for each in lose)

@@ -380,7 +380,8 @@ class ControllerState:
 
     def _tick(self, now_s: float) -> tuple[list[Command], str]:
         commands: list[Command] = []
-        reasons = []
+        reasons: list[str] = []
+        spared: list[str] = []
         for instance in self._fleet.alive():
             if instance.address is not None and now_s >= instance.last_heard_s + SILENCE_S:
                 lost, reason = self._lost(InstanceLost(instance_id=instance.instance_id, reason="silent"), now_s)
@@ -389,10 +390,12 @@ class ControllerState:
             elif instance.notice is not None and now_s >= instance.notice.deadline_s + REVERT_AFTER_S:
                 self._chooser.hazards.note_spared(instance.instance_id, now_s)
                 self._journal.note_event("undrained", instance.instance_id, now_s)
-                undrains = revert(self._fleet, instance, now_s)
-                replans, _ = self._recut.replan(f"{instance.instance_id} stays", now_s)
-                commands += [*undrains, *replans]
-                reasons.append(f"the notice for {instance.instance_id} did not come true")
+                commands += revert(self._fleet, instance, now_s)
+                spared.append(instance.instance_id)
+        if spared:
+            replans, _ = self._recut.replan(f"{', '.join(spared)} stay{'' if len(spared) > 1 else 's'}", now_s)
+            commands += replans
+            reasons += [f"the notice for {instance_id} did not come true" for instance_id in spared]
         overdue = [each for each in self.replicas.values() if _is_overdue(each, now_s)]
         if overdue:
             commands += self._drop_all(overdue)

@@ -123,3 +123,18 @@ def test_a_quiet_fleet_is_looked_at_and_left_as_it_is() -> None:
     assert world.wait(60.0) == []
     assert world.state.plan is epoch
     assert len(world.state.decisions) == decisions
+
+
+def test_a_change_that_is_under_way_is_finished_rather_than_taken_back() -> None:
+    world = PlannedWorld(HALF)
+    world.serve("i-1", "i-2", "i-3", "i-4")
+    world.reshape(1, 4, 1)
+    world.answer_all()
+    world.reshape(None, None, None)  # several replicas are better, and come up beside the one that serves
+    coming = {slot.replica_id for _, slot in world.coming()}
+    assert coming
+    world.join("i-5")
+    assert coming <= {slot.replica_id for _, slot in world.coming()}
+    world.answer_all()
+    devices = [device for replica in world.state.replicas.values() for device in replica.devices.values()]
+    assert len(devices) == len(set(devices))

@@ -4,6 +4,7 @@ from controller_scene import MODEL, World, heartbeat
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from planned_scene import WHOLE_BYTES, PlannedWorld, hardware
 
 from spotserve.core.cluster import InstanceState, ReplicaState
 from spotserve.core.messages import SequenceReport
@@ -139,3 +140,41 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = hypothesis_settings(max_examples=40, stateful_step_count=30, deadline=None, report_multiple_bugs=False)
+
+
+class AnyOrderPlanned(AnyOrder):
+    """The same where the planner chooses, on machines of which the model takes two."""
+
+    @initialize(shape=SHAPES)
+    def start(self, shape: tuple[int | None, int, int]) -> None:
+        self.world = PlannedWorld(hardware(int(0.75 * WHOLE_BYTES)))
+        self.count = 0
+
+    @rule(shape=st.one_of(st.none(), SHAPES))
+    def reshape(self, shape: tuple[int | None, int, int] | None) -> None:
+        self.world.reshape(*(shape or (None, None, None)))
+
+    def teardown(self) -> None:
+        """Nothing more happens, everything is answered: what can serve does, and no device has two slots."""
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        world.reshape(None, None, None)
+        for _ in range(3):
+            world.answer_all()
+            world.wait(35.0)
+        world.answer_all()
+        state = world.state
+        assert {replica.state for replica in state.replicas.values()} <= {ReplicaState.SERVING}
+        devices = [device for replica in state.replicas.values() for device in replica.devices.values()]
+        assert len(devices) == len(set(devices))
+        assert all(replica.plan.parallel.num_slots >= 2 for replica in state.replicas.values())
+        ready = sum(len(instance.devices) for instance in state.instances.values() if instance.state is InstanceState.READY)
+        assert bool(state.replicas) is (ready >= 2)
+        assert all(change.finished_s is not None for change in state.changes)
+
+
+TestAnyOrderPlanned = AnyOrderPlanned.TestCase
+TestAnyOrderPlanned.settings = hypothesis_settings(
+    max_examples=30, stateful_step_count=25, deadline=None, report_multiple_bugs=False
+)
