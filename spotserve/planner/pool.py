@@ -162,7 +162,7 @@ def _view(load: _Load, with_one: Floats, requests: Sample, gap_cv2: float) -> _V
     alone_rps = np.sqrt(running / np.maximum(pace.decoded_mean * iteration_s, _TINY) * (load.rate_rps / (1 - load.prompt_load)))
     stay_s = pace.first_token_mean_s + load.prompt_wait.probability * load.prompt_wait.mean_s + pace.decoded_mean * token_s
     decoding = np.minimum(1.0, on_each * pace.decoded_mean * token_s / np.maximum(stay_s, _TINY))  # whether anyone is
-    leaving_rps = queued * pace.capacity_rps + (1 - queued) * on_each / np.maximum(stay_s, _TINY)
+    leaving_rps = queued * pace.capacity_rps + (1 - queued) * np.minimum(on_each, pace.slots) / np.maximum(stay_s, _TINY)
     return _View(
         full=full,
         shares_iteration=shares_iteration,
