@@ -149,7 +149,8 @@ def _load(member: Member, weight: float, rate_rps: float, gap_cv2: float) -> _Lo
     seen_prompt_s = pace.prompt_mean_s + pace.prompt_var / max(pace.prompt_mean_s, _TINY)  # of the one that an arrival finds
     piled_up = rate_rps / (1 - prompt_load) * seen_prompt_s
     avoided = _AVOIDED * piled_up / (1 + piled_up)
-    own_gap_cv2 = gap_cv2 * (1 / member.count + (1 - 1 / member.count) * (1 - avoided) / 2)
+    in_turn = gap_cv2 / member.count  # bursts are dealt out; which replica is emptiest is chance
+    own_gap_cv2 = in_turn + min(1.0, gap_cv2) * (1 - 1 / member.count) * (1 - avoided) / 2
     wait = NO_WAIT
     if pace.slots > 1 and prompt_load > 0:
         prompt_cv2 = pace.prompt_var / pace.prompt_mean_s**2
