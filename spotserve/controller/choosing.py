@@ -161,6 +161,9 @@ class Chooser:
     def _better(self, base: Proposal, others: Sequence[Proposal], risk: Risk) -> tuple[Proposal, str]:
         """The best of these by what they are expected to serve; without limits, of those that serve about as much, the fastest."""
         assert self.terms is not None
+        if not others:
+            is_limited = self._objective.is_set
+            return base, f"stay with {base.name}: there is nothing else" if is_limited else f"{base.name}: {base.why}"
         rate_rps = self.terms.workload.rate_rps
         by_name = {each.name: each for each in (*others, base)}
         dearest = max(each.usd_per_hour for each in by_name.values())
@@ -183,7 +186,7 @@ class Chooser:
             if is_faster and its.served_rps >= enough_rps and each.change_s <= COSTS_AT_MOST * its.life_s:
                 faster = f"end-to-end p99 {each.latency.e2e_p99_s:.3g} s instead of {chosen.latency.e2e_p99_s:.3g} s"
                 return each, f"change to {each.name}: {faster}, for {each.change_s:.3g} s of change"
-        return chosen, verdict.reason if others else f"{base.name}: {base.why}"
+        return chosen, verdict.reason
 
     def _with_change(self, proposal: Proposal, now_s: float) -> Proposal:
         """The same with the time and the bytes until it serves."""

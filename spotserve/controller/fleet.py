@@ -104,27 +104,30 @@ class Fleet:
     def note_ready(self, replica: Replica, slot: Slot) -> None:
         """A device holds the weights of its slot. What it held for slots that have ended it keeps no longer."""
         replica.ready_slots.add(slot)
-        self._keep_what_is_used(replica.devices[slot])
+        device = replica.devices[slot]
+        self._keep_what_is_used(device, self.replicas_on(device.instance_id))
 
     def drop(self, replica: Replica, *, but: Slot | None = None) -> list[Deactivate]:
         """Forgets a replica; what its devices are to be told, except the one of slot `but`."""
         replica.move_to(ReplicaState.STOPPED)
         del self.replicas[replica.replica_id]
         self.dropped.add(replica.replica_id)
+        there = [each for each in replica.instance_ids if self.instances[each].state is not InstanceState.GONE]
+        others = {instance_id: self.replicas_on(instance_id) for instance_id in there}
         told = []
-        for slot, device in sorted(replica.devices.items()):
-            if self.instances[device.instance_id].state is InstanceState.GONE:
+        for slot, device in replica.devices.items():
+            if device.instance_id not in others:
                 continue
-            self._keep_what_is_used(device)
+            self._keep_what_is_used(device, others[device.instance_id])
             if slot != but:
                 told.append(Deactivate(instance_id=device.instance_id, device_index=device.index, slot=slot))
         return told
 
-    def _keep_what_is_used(self, device: DeviceId) -> None:
+    def _keep_what_is_used(self, device: DeviceId, replicas: Iterable[Replica]) -> None:
         """A device has the weights of its ready slots; when there are none, it keeps what it had."""
         used = tuple(
             HeldSlot(device.index, slot, replica.plan.parallel)
-            for replica in self.replicas_on(device.instance_id)
+            for replica in replicas
             for slot in sorted(replica.ready_slots)
             if replica.devices[slot] == device
         )

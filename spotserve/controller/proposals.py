@@ -17,7 +17,7 @@ from spotserve.core.cluster import DeviceId
 from spotserve.core.hardware import InstanceType
 from spotserve.core.plan import Parallel, ReplicaPlan
 from spotserve.planner.cost import replica_cost
-from spotserve.planner.fleets import Choice, Pool
+from spotserve.planner.fleets import Choice, Pool, alike
 from spotserve.planner.memory import STEP_TOKENS
 from spotserve.planner.outlook import Footprint
 from spotserve.planner.queueing import latency, max_rate_rps
@@ -206,9 +206,10 @@ class Proposer:
         instance_ids: dict[str, tuple[str, ...]] = {}
         missing: list[ReplicaPlan] = []
         for choice in choices:
-            alike = left.get((choice.parallel.pipeline, choice.parallel.tensor, choice.pool.instance_type.name, choice.pool.spot))
-            if alike:
-                running = alike.popleft()
+            shape = choice.parallel.pipeline, choice.parallel.tensor
+            namesakes = left.get((*shape, choice.pool.instance_type.name, choice.pool.spot))
+            if namesakes:
+                running = namesakes.popleft()
                 instance_ids[running.replica_id] = running.instance_ids
                 taken.update(running.devices.values())
                 replicas.append(running.plan)
@@ -227,11 +228,14 @@ class Proposer:
             if kind not in rates:
                 rates[kind] = max_rate_rps(choice.speed, terms.workload, terms.objective)
             footprints.append(Footprint(instance_ids[replica.replica_id], rates[kind]))
+        speeds: Counter[ReplicaSpeed] = Counter()
+        for speed, number in alike(choices):
+            speeds[speed] += number
         used = {instance_id for each in footprints for instance_id in each.instance_ids}
         return Proposal(
             replicas=tuple(replicas),
             footprints=tuple(footprints),
-            latency=latency([choice.speed for choice in choices], terms.workload),
+            latency=latency(speeds, terms.workload),
             throughput_rps=sum(each.rate_rps for each in footprints),
             usd_per_hour=sum(self._fleet.instances[instance_id].usd_per_hour for instance_id in sorted(used)),
             why=why,
