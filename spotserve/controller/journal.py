@@ -17,6 +17,7 @@ from spotserve.core.messages import (
     SlotFailed,
     SlotReady,
 )
+from spotserve.planner.planner import listed
 
 DECISIONS_KEPT = 1000
 EVENTS_KEPT = 10_000
@@ -73,7 +74,7 @@ def describe(command: Command) -> str:
     match command:
         case Publish():
             serving = [route.replica_id for route in command.table.replicas if route.state is ReplicaState.SERVING]
-            return f"publish table {command.table.version}: serving {', '.join(serving) or 'nobody'}"
+            return f"publish table {command.table.version}: serving {listed(serving) or 'nobody'}"
         case Activate():
             slot = slot_text(command.slot.replica_id, command.slot.stage, command.slot.shard)
             num_bytes = sum(transfer.num_bytes for transfer in command.transfers)

@@ -7,6 +7,7 @@ fleet from what workers say when they register; nothing that matters is lost wit
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from math import inf
 
 from spotserve.config import ControllerSettings
 from spotserve.controller.adoption import adopt, adopt_slot, incomplete
@@ -62,6 +63,10 @@ from spotserve.planner.workload import Lengths, Workload
 SILENCE_S = 3.0
 """An instance that has not been heard of for so long hangs: it is ended, so that its sequences get another owner."""
 
+FEW_REPLICAS = 64
+ROOM_S = 0.1
+"""Of more replicas than a few it is looked so often whether heartbeats have told of room for the sequences of those that drain."""
+
 _ORDER = (Undrain, Publish, Drain, Deactivate, Activate, Terminate, Launch)
 """Of the commands of one turn. Who was told to drain takes requests again before anybody is sent there; nobody is sent to who
 drains before anything else is done about it; and a device leaves a slot before it is given another."""
@@ -81,6 +86,7 @@ class ControllerState:
         self._journal = Journal()
         self._retries = Retries()
         self._known_notices: set[str] = set()
+        self._told_s = -inf
         self.invariant: str | None = None
         """What the arithmetic of the engines keeps bit-equal, once one has said so."""
 
@@ -183,9 +189,12 @@ class ControllerState:
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """What to do about `event`, in order. Handling an event twice is harmless."""
         commands, reason = self._react(event, now_s)
+        if isinstance(event, Heartbeat) and not self._is_news(now_s):
+            return []
         retried, retry_reason = ([], "") if isinstance(event, Heartbeat) else self._recut.retry(now_s)
         settled = self._recut.settle(now_s)
         drains, verdicts = tell(self._fleet, now_s)
+        self._told_s = now_s
         self._recut.note_ends(now_s)
         commands = [each for each in (*commands, *retried, *drains, *self._routing.publish()) if self._is_still_meant(each)]
         commands.sort(key=lambda command: _ORDER.index(type(command)))
@@ -193,6 +202,13 @@ class ControllerState:
         if commands or reason:
             self._journal.note_decision(event, commands, reason, now_s)
         return commands
+
+    def _is_news(self, now_s: float) -> bool:
+        """Whether what a worker has to do now may change what is to be done: only while replicas wait to be told to drain. There
+        are thousands of heartbeats per second in a large fleet."""
+        if len(self.replicas) > FEW_REPLICAS and now_s < self._told_s + ROOM_S:
+            return False
+        return any(each.leaving is not None and not each.leaving.is_told for each in self.replicas.values())
 
     def _is_still_meant(self, command: Command) -> bool:
         """What a turn begins, a later part of it may have given up: that is not begun."""
