@@ -3,16 +3,20 @@
 from collections import Counter
 
 import pytest
-from controller_scene import PLACES, World, heartbeat, kinds
+from controller_scene import MODEL, PLACES, Machine, World, heartbeat, kinds
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from planned_scene import KV_TOKENS, hardware
 
 from spotserve.config import ControllerSettings
 from spotserve.controller.adoption import COMPLETE_WITHIN_S
 from spotserve.controller.choosing import RECOVER_S
 from spotserve.controller.hedging import policy_of
 from spotserve.controller.leaving import REPLACED_DRAIN_S
+from spotserve.controller.proposals import EngineTerms
+from spotserve.controller.rehearsal import Machine as Rehearsed
+from spotserve.controller.rehearsal import rehearse
 from spotserve.controller.state import SILENCE_S
 from spotserve.core.cluster import InstanceState
 from spotserve.core.messages import (
@@ -60,6 +64,13 @@ def asked(commands: list[Command]) -> Counter[str]:
 
 def alive(world: World) -> list[str]:
     return [each.instance_id for each in world.state.instances.values() if each.state is not InstanceState.GONE]
+
+
+def num_asked(world: World) -> int:
+    """What the controller waits for."""
+    assert world.state.hedging is not None
+    count: int = world.state.hedging.summary()["asked"]
+    return count
 
 
 def leap(world: World, seconds: float) -> list[Command]:
@@ -198,6 +209,7 @@ def test_what_does_not_come_is_given_up_and_asked_for_elsewhere() -> None:
     commands = leap(world, POLICY.arrive_s)
     assert sum(asked(commands).values()) == 1 and asked(commands)[str(late.zone)] == 0
     assert kinds(commands) == ["Launch"], "there is nothing to return"
+    assert num_asked(world) == 1
 
 
 def test_what_starts_and_never_registers_is_returned() -> None:
@@ -212,10 +224,12 @@ def test_what_starts_and_never_registers_is_returned() -> None:
 def test_a_machine_that_registers_before_the_cloud_tells_of_it_is_the_one_that_was_asked_for() -> None:
     world = held(1)
     wish = world.asked.pop()
-    machine = world.machines
-    world.join("i-1")
-    assert machine["i-1"].zone == "z" != wish.zone, "not where it was asked for"
-    assert asked(leap(world, POLICY.arrive_s)) == {}
+    world.machines["i-1"] = Machine("i-1", 1, zone="z")
+    assert wish.zone != "z", "the cloud may know better"
+    world.register("i-1")
+    assert num_asked(world) == 0
+    world.launch("i-1")
+    assert num_asked(world) == 0 and asked(leap(world, POLICY.arrive_s)) == {}
 
 
 # ---------------------------------------------------------------------- too many
@@ -341,6 +355,13 @@ def test_every_setting_of_the_size_reaches_the_policy() -> None:
     policy = policy_of(ControllerSettings.model_validate(given))
     assert {name: getattr(policy, name) for name in given} == given
     assert policy_of(ControllerSettings()) == HedgePolicy()
+
+
+def test_a_rehearsal_has_the_machines_that_it_is_given() -> None:
+    settings = ControllerSettings(planning="auto", instances=5)
+    machines = [Rehearsed(f"i-{number}", hardware(), spot=True, zone="a", usd_per_hour=1.0) for number in (1, 2)]
+    rehearsal = rehearse(MODEL, machines, settings, engine=EngineTerms(8, kv_tokens=KV_TOKENS, step_tokens=1), lose=["i-1"])
+    assert rehearsal.state.hedging is None and list(rehearsal.state.instances) == ["i-1", "i-2"]
 
 
 # ---------------------------------------------------------------------- any order
