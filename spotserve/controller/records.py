@@ -38,6 +38,12 @@ class Instance:
     held: dict[int, tuple[HeldSlot, ...]] = field(default_factory=dict)
     """By device: the slots that it serves or is ready to, or else those whose weights it still has."""
     notice: Notice | None = None
+    ready_s: float | None = None
+    """Since when its worker takes commands; None: it has not registered yet."""
+    is_returned: bool = False
+    """It is too many: its notice is our own."""
+    is_given_back: bool = False
+    """The cloud has been told to end it."""
     heartbeat: Heartbeat | None = None
     last_heard_s: float = 0.0
 
