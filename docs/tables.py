@@ -1,15 +1,15 @@
-"""Writes the tables of settings and of metrics into `docs/operate.md`, out of the code that they describe.
+"""Writes tables into the documents, out of the code that they describe: settings, metrics, machines that the planner knows.
 
     python docs/tables.py
 
-The names, defaults and meanings stay in `spotserve/config.py` and `spotserve/metrics.py`; the page holds a copy between two
-comments, and `tests/test_docs.py` fails when the copy is old. Knows the two modules and Markdown.
+The names, defaults and meanings stay in `spotserve/config.py`, `spotserve/metrics.py` and `spotserve/planner/devices.py`; a page
+holds a copy between two comments, and `tests/test_docs.py` fails when the copy is old. Knows these modules and Markdown.
 """
 
 import ast
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,8 +18,7 @@ from pydantic import BaseModel
 
 from spotserve import config
 from spotserve.metrics import Metrics
-
-PAGE = Path(__file__).with_name("operate.md")
+from spotserve.planner.devices import DEVICES, INSTANCES, device_type, price_usd_per_hour
 
 
 def settings_table() -> str:
@@ -50,9 +49,49 @@ def metrics_table() -> str:
     return "\n".join(rows)
 
 
-def filled(page: str) -> str:
-    """The page with both tables as the code has them now."""
-    for name, table in (("settings", settings_table()), ("metrics", metrics_table())):
+def devices_table() -> str:
+    """One row per known device: its memory, the three constants that planning starts from, where they are from."""
+    rows = [
+        "| device | memory, GiB | 16-bit Tflop/s | memory, GB/s | overhead of a layer, us | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, known in DEVICES.items():
+        device = device_type(name)
+        figures = (
+            f"{device.flops_per_s / 1e12:.0f}",
+            f"{device.memory_bytes_per_s / 1e9:.0f}",
+            f"{device.layer_overhead_s * 1e6:.0f}",
+        )
+        rows.append(f"| {name} | {device.memory_bytes / 2**30:.0f} | {' | '.join(figures)} | {_cell(known.source)} |")
+    return "\n".join(rows)
+
+
+def machines_table() -> str:
+    """One row per known machine: devices, links, and what it costs where its prices are known best."""
+    rows = [
+        "| machine | devices | between them, GB/s | network, GB/s | spot, USD/h | on demand, USD/h |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, known in INSTANCES.items():
+        between = "–" if known.num_devices == 1 else f"{known.device_link.bytes_per_s / 1e9:.3g}"
+        spot = f"{price_usd_per_hour(name, spot=True):.3g}" if known.spot_usd_per_hour else "not known"
+        on_demand = f"{price_usd_per_hour(name, spot=False):.4g}"
+        network = f"{known.network.bytes_per_s / 1e9:.3g}"
+        rows.append(f"| `{name}` | {known.num_devices} x {known.device} | {between} | {network} | {spot} | {on_demand} |")
+    return "\n".join(rows)
+
+
+PAGES: Mapping[str, Mapping[str, Callable[[], str]]] = {
+    "operate.md": {"settings": settings_table, "metrics": metrics_table},
+    "planning.md": {"devices": devices_table, "machines": machines_table},
+}
+"""By page, what is between which two comments."""
+
+
+def filled(page: str, name_of_page: str) -> str:
+    """The page with its tables as the code has them now."""
+    for name, table_of in PAGES[name_of_page].items():
+        table = table_of()
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         before, _, rest = page.partition(begin)
         _, marker, after = rest.partition(end)
@@ -88,5 +127,7 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for name_of_page in PAGES:
+        path = Path(__file__).with_name(name_of_page)
+        path.write_text(filled(path.read_text(encoding="utf-8"), name_of_page), encoding="utf-8")
     sys.exit(0)

@@ -91,9 +91,10 @@ def test_make_targets_exist() -> None:
         assert set(re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE)) <= targets, page
 
 
-def test_tables_of_settings_and_metrics_are_those_of_the_code() -> None:
-    page = read("docs/operate.md")
-    assert _tables().filled(page) == page, "run: python docs/tables.py"
+@pytest.mark.parametrize("name", ["operate.md", "planning.md"])
+def test_tables_are_those_of_the_code(name: str) -> None:
+    page = read(f"docs/{name}")
+    assert _tables().filled(page, name) == page, "run: python docs/tables.py"
 
 
 def test_metrics_named_in_the_text_exist() -> None:
