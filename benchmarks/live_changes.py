@@ -36,7 +36,7 @@ QUIET_S = 4.0
 """Before each change: what is steady."""
 SETTLED_S = 90.0
 """A change may take so long, notices of 10 s and replacements included."""
-ASKED_AGAIN = 80
+ASKED_AGAIN = 48
 
 Deed = Callable[["_Fleet"], Awaitable[None]]
 
@@ -197,7 +197,7 @@ async def _ask_again(system: RunningSystem, load: Load) -> int:
     again = Load(system.url, system.status()["model"], streams=1, prompt_tokens=0, tokens=0, seed=0)
     whole = [record for record in load.records if record.complete]
     checked = whole[:: max(1, len(whole) // ASKED_AGAIN)][:ASKED_AGAIN]
-    answers = [await again.repeat(record.arrival) for record in checked]
+    answers = await asyncio.gather(*(again.repeat(record.arrival) for record in checked))
     return sum(answer.token_ids != record.token_ids for answer, record in zip(answers, checked, strict=True))
 
 

@@ -6,6 +6,7 @@ Reading is open to whoever reaches the port; every lever needs the system's secr
 import hmac
 from collections.abc import Callable
 from dataclasses import asdict
+from math import isfinite
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, HTTPException, Request, Response
@@ -78,6 +79,7 @@ def status_of(controller: Controller, *, model_name: str, store_url: str, store_
             "across_parallel_configurations": state.invariant == "full",
         },
         "shape": asdict(state.wanted) if state.wanted is not None else {"data": None, "pipeline": None, "tensor": None},
+        "planner": _planner_of(controller),
         "migrations": [
             {
                 "epoch": change.epoch,
@@ -91,6 +93,46 @@ def status_of(controller: Controller, *, model_name: str, store_url: str, store_
             }
             for change in list(state.changes)[-MIGRATIONS_SHOWN:]
         ],
+    }
+
+
+def _planner_of(controller: Controller) -> dict[str, Any]:
+    """What the planner goes by, and what it weighed last; JSON has no infinity, so what never comes is null."""
+    state = controller.state
+    workload = state.terms.workload if state.terms is not None else None
+    return {
+        "planning": "auto" if state.wanted is None else "shape",
+        "reason": state.plan.reason if state.plan is not None else None,
+        "workload": None
+        if workload is None
+        else {
+            "rate_rps": workload.rate_rps,
+            "gap_cv": workload.gap_cv,
+            "prompt_tokens_mean": workload.prompt.mean,
+            "output_tokens_mean": workload.output.mean,
+        },
+        "alternatives": [
+            {
+                "replicas": each.proposal.name,
+                "chosen": each.is_chosen,
+                "e2e_p99_s": each.proposal.latency.e2e_p99_s if isfinite(each.proposal.latency.e2e_p99_s) else None,
+                "throughput_rps": each.proposal.throughput_rps,
+                "change_s": each.proposal.change_s,
+                "moved_bytes": each.proposal.moved_bytes,
+                "verdict": each.verdict,
+            }
+            for each in state.alternatives
+        ],
+        "machines": {
+            name: {
+                "memory_bytes": each.device.memory_bytes,
+                "flops_per_s": each.device.flops_per_s,
+                "memory_bytes_per_s": each.device.memory_bytes_per_s,
+                "layer_overhead_s": each.device.layer_overhead_s,
+                "network_bytes_per_s": each.network.bytes_per_s,
+            }
+            for name, each in state.hardware.items()
+        },
     }
 
 

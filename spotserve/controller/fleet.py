@@ -27,15 +27,11 @@ class Fleet:
         self.replicas: dict[str, Replica] = {}
         self.model: ModelSpec | None = None
         self.hardware: dict[str, InstanceType] = {}
-        """Kinds of machines by name, as the newest that told has measured."""
+        """Kinds of machines by name; `controller.refitting` keeps them."""
         self.dropped: set[str] = set()
         """Replicas that have ended; a worker that still reports a part of one has not heard it yet."""
 
     # ------------------------------------------------------------------ instances and devices
-
-    def note_hardware(self, hardware: InstanceType) -> None:
-        """A machine of this kind says how fast it is."""
-        self.hardware[hardware.name] = hardware
 
     def alive(self) -> list[Instance]:
         """Instances that are not gone."""

@@ -6,6 +6,7 @@ that are there are paid for. Where new replicas go exactly is decided when a pla
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 
 from spotserve.controller.fleet import Fleet
@@ -14,6 +15,7 @@ from spotserve.controller.records import Replica
 from spotserve.core.hardware import InstanceType
 from spotserve.core.plan import Parallel, ReplicaPlan
 from spotserve.planner.cost import replica_cost
+from spotserve.planner.cutting import cut_by_time
 from spotserve.planner.fleets import Choice, Pool
 from spotserve.planner.memory import STEP_TOKENS
 from spotserve.planner.outlook import Footprint
@@ -125,6 +127,7 @@ class Proposer:
             fixed=fixed,
             max_candidates=most,
             max_batch=terms.engine.max_batch,
+            refine=partial(self._cut, terms=terms),
         )
         if not result.candidates:
             self.losers = tuple(f"{loser.what}: {loser.why}" for loser in result.losers)
@@ -167,6 +170,17 @@ class Proposer:
         if speed.kv_tokens < terms.engine.kv_tokens:
             return f"there is room for {speed.kv_tokens} tokens of KV, {terms.engine.kv_tokens} are wanted"
         return replace(speed, kv_tokens=terms.engine.kv_tokens)
+
+    def _cut(self, parallel: Parallel, hardware: InstanceType, terms: Terms) -> Parallel:
+        """The same shape, its stages cut by time."""
+        assert self._fleet.model is not None
+        if terms.engine.speed_of is not None:
+            return parallel
+        workload = terms.workload
+        context_tokens = workload.prompt.mean + workload.output.mean / 2
+        return cut_by_time(
+            self._fleet.model, parallel, hardware, context_tokens=context_tokens, step_tokens=terms.engine.step_tokens
+        )
 
     def _choice_of(self, replica: Replica, terms: Terms) -> Choice | None:
         """A replica that runs, as the search knows them; None when the planner would not have it so."""

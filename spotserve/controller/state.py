@@ -6,7 +6,7 @@ fleet from what workers say when they register; nothing that matters is lost wit
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from spotserve.config import ControllerSettings
 from spotserve.controller.adoption import adopt, adopt_slot, incomplete
@@ -20,9 +20,11 @@ from spotserve.controller.notices import REVERT_AFTER_S, announce, revert
 from spotserve.controller.proposals import EngineTerms, Terms
 from spotserve.controller.records import Change, Decision, FleetEvent, Instance, Replica
 from spotserve.controller.recut import Recut
+from spotserve.controller.refitting import Refits
 from spotserve.controller.retries import Retries
 from spotserve.controller.routing import Routing
 from spotserve.core.cluster import DeviceId, InstanceState, Notice, NoticeKind, ReplicaState
+from spotserve.core.hardware import InstanceType
 from spotserve.core.messages import (
     TERMINATED,
     Activate,
@@ -70,6 +72,7 @@ class ControllerState:
 
     def __init__(self, settings: ControllerSettings, engine: EngineTerms) -> None:
         self._fleet = Fleet()
+        self._refits = Refits(self._fleet)
         self._demand = Demand(_expected(settings))
         self._chooser = Chooser(self._fleet, self._demand, settings, engine)
         wanted = None if settings.planning == "auto" else Shape(settings.data, settings.pipeline, settings.tensor)
@@ -112,6 +115,11 @@ class ControllerState:
     def alternatives(self) -> tuple[Alternative, ...]:
         """Plans that the planner weighed last, the chosen one first."""
         return self._chooser.alternatives
+
+    @property
+    def hardware(self) -> Mapping[str, InstanceType]:
+        """Kinds of machines by name, as they are seen to be."""
+        return self._fleet.hardware
 
     @property
     def losers(self) -> tuple[str, ...]:
@@ -241,7 +249,7 @@ class ControllerState:
         known.pid, known.address, known.ranks = event.pid, event.address, event.ranks
         if event.hardware is not None:
             known.instance_type = event.hardware.name
-            self._fleet.note_hardware(event.hardware)
+            self._refits.measured(event.hardware)
         known.held = {index: tuple(each for each in event.held if each.device_index == index) for index in range(len(event.ranks))}
         known.last_heard_s = now_s
         if known.state is InstanceState.PENDING:
@@ -260,12 +268,13 @@ class ControllerState:
         instance = self.instances.get(event.instance_id)
         if instance is not None:
             instance.heartbeat, instance.last_heard_s = event, now_s
+            self._refits.note_step(event, now_s)
         return [], ""
 
     def _told(self, event: Calibrated | ModelRead, now_s: float) -> tuple[list[Command], str]:
         """A worker has found out what the planner needs to know."""
         if isinstance(event, Calibrated):
-            self._fleet.note_hardware(event.hardware)
+            self._refits.measured(event.hardware)
             return self._recut.replan(f"{event.instance_id} has measured its devices", now_s) if self.wanted is None else ([], "")
         if event.model is None:
             self._journal.note_event("failed", event.instance_id, now_s, reason=event.reason)
@@ -365,6 +374,7 @@ class ControllerState:
             seconds=event.seconds,
         )
         self._recut.changes.moved(event.destination_replica_id, event.kv_bytes)
+        self._refits.note_move(event)
         return [], f"{event.request_id} moved {event.kv_bytes} bytes to {event.destination_replica_id}"
 
     def _drained(self, event: Drained) -> tuple[list[Command], str]:

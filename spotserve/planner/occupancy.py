@@ -58,7 +58,7 @@ def queue(utilisation: float, capacity_rps: float, *, gap_cv2: float, service_cv
     if utilisation <= 0:
         return NO_WAIT
     ratio = exp(-float(_steepness(np.array(-log(utilisation)), np.array(max((1 + gap_cv2) / 2, MIN_Z)))))
-    variability = (gap_cv2 + service_cv2) / (gap_cv2 + 1) * _regular_work(utilisation, servers, service_cv2)
+    variability = (gap_cv2 + service_cv2) / (gap_cv2 + 1) * _regular_work(utilisation, servers, gap_cv2, service_cv2)
     return Wait(ratio, variability / (capacity_rps * (1 - ratio)))
 
 
@@ -72,11 +72,14 @@ def _steepness(slope: Floats, z: Floats) -> Floats:
     return first / np.maximum(1 + (z - 1) / 6 * first, 0.3)
 
 
-def _regular_work(utilisation: float, servers: float, service_cv2: float) -> float:
-    """By how much many servers wait longer than Allen and Cunneen have it, when work varies less than exponential work does."""
+def _regular_work(utilisation: float, servers: float, gap_cv2: float, service_cv2: float) -> float:
+    """By how much many servers wait longer than Allen and Cunneen have it, when work varies less than exponential work does.
+
+    Made for Poisson arrivals; groups of requests make a server's load of its own, so the correction is left out in proportion.
+    """
     if service_cv2 >= 1:
         return 1.0
-    more = (1 - utilisation) * (servers - 1) * (sqrt(4 + 5 * servers) - 2) / (16 * utilisation * servers)
+    more = (1 - utilisation) * (servers - 1) * (sqrt(4 + 5 * servers) - 2) / (16 * utilisation * servers * max(1.0, gap_cv2))
     regular = min(1 + more, 2.0)
     return 1 / (service_cv2 + (1 - service_cv2) / regular)
 

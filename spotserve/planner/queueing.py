@@ -6,7 +6,7 @@ finds), `pool` (all of it together). Means are sums over the occupancy; percenti
 Not in the model: arrivals that follow the time of day (ask for the rate of the moment), priorities, prefixes that are shared,
 speculation (a matter of `ReplicaSpeed`), and what is lost to preemption.
 
-Pure: same arguments, same answer. About 1 ms; grows with the number of *different* replicas, not with replicas, slots or rate.
+Pure: same arguments, same answer. About half a millisecond per *different* kind of replica, whatever their number, slots and rate.
 """
 
 from collections import Counter
@@ -52,6 +52,8 @@ def latency(speeds: Sequence[ReplicaSpeed], workload: Workload, *, shares: Seque
     for share, weight, members in pools:
         rate_rps = max(share * workload.rate_rps, _IDLE * sum(member.capacity_rps for member in members))
         gap_cv2 = 1 + share * (workload.gap_cv**2 - 1)  # a renewal process, thinned
+        if workload.rate_rps == 0:
+            gap_cv2 = 1.0  # else there would be bursts, however rare
         met += [(weight, each) for each in meet(members, requests, rate_rps=rate_rps, gap_cv2=gap_cv2)]
     return _summary(met, requests.decoded, utilisation)
 
@@ -82,7 +84,7 @@ def capacity_rps(speed: ReplicaSpeed, workload: Workload) -> float:
 def max_rate_rps(speed: ReplicaSpeed, workload: Workload, objective: Objective) -> float:
     """The largest rate at which one replica alone keeps every limit, to 1e-4 of its capacity; the rate of the workload is ignored.
 
-    0 when an idle replica is too slow already; the capacity when there is no limit.
+    0 when the rarest requests are too slow already (bursts come together at any rate); the capacity when there is no limit.
     """
     requests = sample(workload.prompt, workload.output)
     member = Member(pace(speed, requests), 1)

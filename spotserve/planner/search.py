@@ -163,15 +163,34 @@ class _Tried:
         place = {verdict.fleet: rank for rank, verdict in enumerate(self.ranking.ranked(list(full.values())))}
         promising = sorted(full, key=lambda index: place[full[index].fleet])[:num_alone]
         found += [self._solved([index]) for index in promising]
+        if self._limits.is_set:
+            found += self._cheaper_alone([index for index in full if index not in promising], found)
         found += [[full[index]] for index in full if index not in promising]
         return [*found, *self._with_other_batches([verdict for group in found for verdict in group])]
+
+    def _cheaper_alone(self, shapes: Sequence[int], found: Sequence[Sequence[Verdict]]) -> list[list[Verdict]]:
+        """Other shapes alone that may keep the limits for less than the best so far: by what they cost if nobody waited, the
+        cheapest first, as long as that is less."""
+        best_usd = min((verdict.usd_per_hour for group in found for verdict in group if verdict.meets), default=inf)
+        bounds: list[tuple[float, int]] = []
+        for index in shapes:
+            fleet = self._program([index], self._limits).cheapest(max(0.0, self._workload.rate_rps - self._kept_rps))
+            if fleet:
+                bounds.append((self._judge.verdict(fleet).usd_per_hour, index))
+        groups = []
+        for least_usd, index in sorted(bounds):
+            if least_usd >= best_usd:
+                break
+            groups.append(self._solved([index]))
+            best_usd = min([best_usd, *(verdict.usd_per_hour for verdict in groups[-1] if verdict.meets)])
+        return groups
 
     def _with_other_batches(self, verdicts: Sequence[Verdict]) -> list[list[Verdict]]:
         """The best fleet, and the best of several shapes, with other B, since the share of the load goes with it."""
         order = self.ranking.ranked(verdicts)
         mixed = [verdict for verdict in order if len({shape for _, shape, _ in verdict.fleet}) > 1]
         found = []
-        for verdict in dict.fromkeys((*order[:1], *mixed[:1])):
+        for verdict in dict.fromkeys(verdict for verdict in (*order[:1], *mixed[:1]) if verdict.fleet):
             tuned = self._tuned(verdict)
             found.append([*tuned, *self._solved(sorted({shape for _, shape, _ in tuned[-1].fleet}))])
         return found

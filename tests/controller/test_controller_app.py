@@ -252,8 +252,12 @@ async def test_the_keys_of_status_are_an_interface(house: House) -> None:
         "kv",
         "arithmetic",
         "shape",
+        "planner",
         "migrations",
     ]
+    assert status["planner"] == {"planning": "shape", "reason": None, "workload": None, "alternatives": [], "machines": {}} | {
+        "reason": status["planner"]["reason"]
+    }
     (instance,) = status["instances"]
     assert list(instance) == ["id", "state", "pid", "devices", "spot", "zone", "deadline_s"]
     (replica,) = status["replicas"]

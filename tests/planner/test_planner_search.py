@@ -280,6 +280,17 @@ def test_replicas_that_stay_count_with_their_load_and_their_machines() -> None:
     assert scratch.usd_per_hour <= more.usd_per_hour + 1e-9, "nobody is bound to anything"
 
 
+@pytest.mark.parametrize("objective", [Objective(), Objective(e2e_s=1000.0)])
+def test_nothing_may_be_added_to_what_stays_however_many_devices_are_free(objective: Objective) -> None:
+    kept_shape = Parallel(pipeline=3, tensor=4, max_batch=128)
+    speed = big(kept_shape, G4DN)
+    assert not isinstance(speed, str)
+    pool = Pool(G4DN, 48, 1000.0)
+    kept = tuple([Choice(kept_shape, pool, speed)] * 8)
+    found = search(LLAMA_70B, [pool], workload(0.001), objective, speed_of=big, fixed=kept, most_judged=1).candidates[0]
+    assert found.choices == kept
+
+
 def test_devices_beside_a_replica_that_stays_cost_nothing_more() -> None:
     speeds = FewShapes(((Parallel(max_batch=8), "large.3", RooflineSpeed(8, 100_000, 0.02, 1e-4, 1e-8, 1e-5, 1, 1e-4)),))
     pool = Pool(LARGE, 5, 3.0)

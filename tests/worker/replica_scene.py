@@ -20,8 +20,8 @@ from spotserve.worker.slots import Device, SlotUp
 SECRET = "of the replicas"
 SILENCE_S = 5.0
 PATIENCE_S = 20.0
-Shape = tuple[int, int]
-"""(P, M)"""
+Shape = tuple[int, int] | tuple[int, int, tuple[int, ...]]
+"""(P, M), and how many layers each stage has where it is not as usual."""
 
 
 @contextmanager
@@ -69,7 +69,8 @@ def start(
     epoch: int = 1,
 ) -> Replica:
     """Brings a replica up on the first devices, stage by stage."""
-    replica = ReplicaPlan(replica_id=name, parallel=Parallel(pipeline=shape[0], tensor=shape[1]))
+    cut = shape[2] if len(shape) > 2 else ()
+    replica = ReplicaPlan(replica_id=name, parallel=Parallel(pipeline=shape[0], tensor=shape[1], stage_layers=cut))
     used = on[: replica.parallel.num_slots]
     members = tuple(
         Member(slot, DeviceId("i", index), device.server.address)

@@ -79,7 +79,13 @@ def undisturbed(settings: EngineSettings, model: OpenModel) -> dict[str, list[in
     return answers
 
 
-@pytest.mark.parametrize(("old", "new"), list(product(SHAPES, SHAPES)))
+CUTS: list[Shape] = [(2, 1, (1, 2)), (2, 2, (2, 1)), (3, 1, (1, 1, 1))]
+"""Stages of other sizes, one pair of which differs in nothing else."""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [*product(SHAPES, SHAPES), *product(CUTS[:2], CUTS), ((2, 1), CUTS[0]), (CUTS[0], (2, 1)), (CUTS[1], (1, 2))]
+)
 def test_answers_go_on_when_the_model_is_cut_anew(
     old: Shape, new: Shape, settings: EngineSettings, model: OpenModel, undisturbed: dict[str, list[int]]
 ) -> None:
