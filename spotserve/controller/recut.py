@@ -13,7 +13,7 @@ from spotserve.controller.changes import Changes
 from spotserve.controller.choosing import Chooser
 from spotserve.controller.fleet import Fleet
 from spotserve.controller.leaving import leave_replaced
-from spotserve.controller.records import Instance, Replica
+from spotserve.controller.records import Replica
 from spotserve.core.cluster import DeviceId, InstanceState, ReplicaState
 from spotserve.core.messages import Command
 from spotserve.core.plan import Parallel, Plan
