@@ -140,7 +140,7 @@ def _migration(rehearsal: Rehearsal) -> dict[str, Any]:
         "bytes_moved": sum(each.flow.num_bytes for each in sent),
         "bytes_lower_bound": sum(phase.lower_bound_bytes for phase in phases),
         "makespan_s": max((each.end_s for each in sent), default=start_s) - start_s,
-        "makespan_lower_bound_s": sum(phase.schedule.lower_bound_s for phase in phases),
+        "makespan_lower_bound_s": sum((phase.schedule.lower_bound_s for phase in phases), 0.0),
         "late": [each.what for phase in phases for each in phase.schedule.late],
         "bytes_from_files": dict(from_files),
     }

@@ -1,8 +1,8 @@
 """What a change moves, turn by turn: machines that answer only when everything of a turn is there begin the next one together.
 
 A turn may plan several times, as when two machines are lost at once; what an earlier plan of the turn had begun and a later one
-gave up is not counted. What is left is sent at once, so it is scheduled together; where one plan made all of it, that is the very
-schedule that the controller made.
+gave up is not counted, and what it would have taken from a machine that goes, too, is read from files. What is left is sent at
+once, so it is scheduled together; where one plan made all of it, that is the very schedule that the controller made.
 
 Pure. Does not know why anything moves.
 """
@@ -10,6 +10,7 @@ Pure. Does not know why anything moves.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from spotserve.controller.bringup import Arrangement
 from spotserve.core.cluster import DeviceId
@@ -57,7 +58,10 @@ def phase_of(
     """
     left = [{slot: at for slot, at in each.placement.devices.items() if slot.replica_id in shapes} for each in arrangements]
     is_one = len(arrangements) == 1 and len(left[0]) == len(arrangements[0].placement.devices)
-    if is_one and start_s == made_s:
+    is_told = is_one and all(
+        each.end_s <= deadlines_s.get(each.flow.source.instance_id, inf) for each in arrangements[0].schedule.timed
+    )
+    if is_told and start_s == made_s:
         timed = arrangements[0].schedule
     else:
         flows = [

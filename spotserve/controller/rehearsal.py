@@ -106,8 +106,8 @@ def rehearse(
         rehearsal.earlier, rehearsal.activations, rehearsal.phases = rehearsal.activations, [], []
         rehearsal.began_s = LOSS_S
         events: list[Event] = [InstanceLost(instance_id=each, reason="rehearsal") for each in lose]
+        cast.deadlines_s = dict.fromkeys(lose, LOSS_S + grace_s)
         if grace_s > 0:
-            cast.deadlines_s = dict.fromkeys(lose, LOSS_S + grace_s)
             notices = (Notice(instance_id=each, deadline_s=LOSS_S + grace_s, source="rehearsal") for each in lose)
             events = [*(NoticeReceived(notice=notice) for notice in notices), *events]
         cast.play(events, now_s=LOSS_S)
