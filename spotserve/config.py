@@ -141,6 +141,30 @@ class ControllerSettings(Section):
     """Length of their answers."""
     gap_cv: float = Field(1.0, ge=0)
     """How bursty they come: standard deviation of the time between two of them over its mean; 1: at random."""
+    instances: int | None = Field(None, ge=1)
+    """Instances to hold: the controller rents and returns them, and the settings below say which. None: the provider restocks what
+    is taken."""
+    max_instances: int = Field(64, ge=1)
+    """Instances at most, spares included; one under notice does not count."""
+    on_demand_floor: int = Field(0, ge=0)
+    """So many of them are always on demand."""
+    fall_back: bool = True
+    """Whether on-demand instances stand in while no zone gives spot ones."""
+    max_spares: int = Field(4, ge=0)
+    """Spot instances beyond `instances` at most; how many follows from how often zones take them and how long starting takes."""
+    shortage_share: float = Field(0.05, gt=0, lt=1)
+    """Share of the time in which losses may leave less than `instances` while replacements start: spares are held for the rest."""
+    return_s: float = Field(300.0, ge=0)
+    """On-demand instances that stood in are kept for so long after spot ones have taken over."""
+    scale_down_s: float = Field(1200.0, ge=0)
+    """Spot instances are kept for so long after they became too many."""
+
+    @model_validator(mode="after")
+    def _the_maximum_is_enough(self) -> Self:
+        needed = max(self.instances or 1, self.on_demand_floor)
+        if self.max_instances < needed:
+            raise ValueError(f"max_instances is {self.max_instances}, but instances and on_demand_floor ask for {needed}")
+        return self
 
 
 class WorkerSettings(Section):

@@ -26,6 +26,7 @@ from spotserve.config import Settings
 from spotserve.controller.app import create_router, status_of
 from spotserve.controller.controller import Controller
 from spotserve.controller.executor import Executor
+from spotserve.controller.hedging import Place
 from spotserve.controller.proposals import EngineTerms
 from spotserve.controller.state import ControllerState
 from spotserve.core.errors import ConfigError, StoreError
@@ -82,8 +83,8 @@ class _LocalSystem:
             cloud = self._make_cloud(folder)
             engine = self._settings.engine
             terms = EngineTerms(engine.max_batch, kv_tokens=engine.kv_tokens, step_tokens=engine.max_step_tokens)
-            state = ControllerState(self._settings.controller, terms)
-            executor = Executor(cloud)
+            state = ControllerState(self._settings.controller, terms, self._places())
+            executor = Executor(cloud, lambda event: self._controller.dispatch(event))
             controller = Controller(state, executor, clock=self._clock, metrics=self._metrics)
             self._controller = controller
             self._store = store
@@ -124,10 +125,10 @@ class _LocalSystem:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
+            await executor.close()  # before anything ends: what is lost from here on is not replaced
             for instance_id in list(state.instances):
                 await cloud.terminate(instance_id)
             await relay.close()
-            await executor.close()
             await cloud.close()
             server.close()
         if self._failure is not None:
@@ -165,8 +166,9 @@ class _LocalSystem:
             "MALLOC_ARENA_MAX": "2",  # glibc would give every thread that brings a slot up an arena, and keep it
         }
         nursery = NurseryProcess([sys.executable, "-m", "spotserve.worker.nursery"], environment, folder.log_path("nursery"))
+        is_held = self._settings.controller.instances is not None
         return LocalCloud(
-            self._settings.cloud,
+            self._settings.cloud.model_copy(update={"restock_s": None}) if is_held else self._settings.cloud,
             record_path=folder.instances_path,
             log_path=folder.log_path,
             nursery=nursery,
@@ -174,6 +176,11 @@ class _LocalSystem:
             on_event=lambda event: self._controller.dispatch(event),
             clock=self._clock,
         )
+
+    def _places(self) -> list[Place]:
+        """Where the local cloud rents machines out."""
+        cloud = self._settings.cloud
+        return [Place(zone, cloud.spot_usd_per_hour, cloud.on_demand_usd_per_hour) for zone in dict.fromkeys(cloud.zones)]
 
     def _make_web(self, relay: Relay, cloud: LocalCloud, secret: str) -> FastAPI:
         tokenizer = load_tokenizer(self._settings.engine.tokenizer or self._settings.engine.model)
@@ -190,11 +197,12 @@ class _LocalSystem:
         )
 
     async def _fill_fleet(self, cloud: LocalCloud) -> None:
-        """Adopts what still runs from before, and starts what is missing."""
+        """Adopts what still runs from before, and starts what is missing, unless that is the controller's."""
         adopted = await cloud.adopt()
         if adopted:
             log.info("adopted %s", ", ".join(adopted))
-        await cloud.launch(max(0, self._settings.cloud.instances - len(adopted)), spot=True)
+        if self._settings.controller.instances is None:
+            await cloud.launch(max(0, self._settings.cloud.instances - len(adopted)), spot=True)
 
     async def _watch_store(self) -> None:
         while True:

@@ -35,6 +35,14 @@ STATUS: dict[str, Any] = {
     "shape": {"data": 1, "pipeline": 1, "tensor": 1},
     "migrations": [],
     "store": {"url": "sqlite:///x", "healthy": True},
+    "hedge": {
+        "wanted": 2,
+        "spot": 3,
+        "spares": 1,
+        "on_demand": 0,
+        "asked": 1,
+        "zones": [{"zone": "a", "breaker": "closed"}, {"zone": "b", "breaker": "half_open"}],
+    },
 }
 DECISIONS = {"decisions": [{"time_s": 0.0, "cause": "Tick", "reason": "brackets [/are] no markup"}]}
 
@@ -153,6 +161,8 @@ def test_wrong_use_ends_with_2(arguments: list[str]) -> None:
         (["up", "--speculation", "magic"], "engine.speculation"),
         (["up", "--dtype", "int4"], "engine.dtype"),
         (["up", "--detach", "--port", "0"], "--port"),
+        (["up", "--hedge", "--restock", "1"], "--restock"),
+        (["up", "--hedge", "--instances", "100"], "max_instances is 64"),
         (["preempt", "i-1"], "--grace SECONDS or --now"),
         (["preempt", "i-1", "--now", "--grace", "3"], "--grace SECONDS or --now"),
         (["status", "--url", "http://127.0.0.1:1"], "no system answers"),
@@ -176,7 +186,15 @@ def test_what_is_the_worlds_doing_ends_with_1_and_one_line(
 def test_status_is_shown_whichever_way_the_url_is_written(system: str, suffix: str) -> None:
     result = CliRunner().invoke(cli.app, ["status", "--url", system + suffix])
     assert result.exit_code == 0, result.output
-    for shown in ("i-1", "r-1", "serving", "running 2", "brackets [/are] no markup"):
+    for shown in (
+        "i-1",
+        "r-1",
+        "serving",
+        "running 2",
+        "brackets [/are] no markup",
+        "wanted 2  spot 3  spares 1  on demand 0",
+        "b half_open",
+    ):
         assert shown in result.output
 
 

@@ -73,6 +73,22 @@ def test_several_mistakes_are_all_named() -> None:
         load_settings(gateway={"port": -1}, cloud={"instances": 0})
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"instances": 0}, r"controller\.instances"),
+        ({"instances": 65}, "max_instances is 64, but instances and on_demand_floor ask for 65"),
+        ({"on_demand_floor": 3, "max_instances": 2}, "max_instances is 2"),
+        ({"shortage_share": 1.0}, r"controller\.shortage_share"),
+        ({"max_spares": -1}, r"controller\.max_spares"),
+    ],
+)
+def test_a_size_that_makes_no_sense_is_refused(given: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_settings(controller=given)
+    assert load_settings().controller.instances is None
+
+
 def test_sections_are_frozen() -> None:
     with pytest.raises(ValidationError):
         load_settings().gateway.port = 1  # type: ignore[misc]

@@ -55,6 +55,10 @@ def up(
     speculation: Annotated[str | None, typer.Option(help="off, adaptive, or DRAFTER:K (ngram:4).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Sequences that one replica runs at once.")] = None,
+    hedge: Annotated[
+        bool,
+        typer.Option("--hedge", help="The controller holds --instances: it rents replacements at the notice, spot or on demand."),
+    ] = False,
     restock: Annotated[float | None, typer.Option(help="Seconds until a taken instance's place goes to a new one.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags and environment go before it.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once the system serves; `spotserve down` ends it.")] = False,
@@ -91,6 +95,11 @@ def up(
         "cloud": {"instances": instances, "devices": devices, "restock_s": restock},
     }
     settings = load_settings(**sections)
+    if hedge or settings.controller.instances is not None:
+        if restock is not None:
+            raise ConfigError("--restock SECONDS is how the provider replaces what it takes; with --hedge the controller does")
+        sections["controller"]["instances"] = instances or settings.controller.instances or settings.cloud.instances
+        settings = load_settings(**sections)
     num_slots = settings.controller.pipeline * settings.controller.tensor * settings.cloud.devices
     if settings.engine.kind == "openai" and (num_slots > 1 or settings.controller.planning == "auto"):
         raise ConfigError("--engine openai: a server is taken whole, so --parallel must be D,1,1 and cloud.devices 1")

@@ -40,11 +40,22 @@ def status(
         replicas.add_row(item["id"], item["state"], shape, ", ".join(item["instances"]), str(item["running"]), str(item["waiting"]))
     console.print(replicas)
     console.print("requests: " + "  ".join(f"{name} {count}" for name, count in document["requests"].items()))
+    if document["hedge"] is not None:
+        console.print(_hedge_line(document["hedge"]))
     for decision in get(url, f"/decisions?limit={decisions}")["decisions"]:
         console.print(
             f"[dim]{time.strftime('%H:%M:%S', time.localtime(decision['time_s']))}[/] "
             + escape(f"{decision['cause']}: {decision['reason']}")
         )
+
+
+def _hedge_line(hedge: dict[str, Any]) -> str:
+    """What the controller holds, and which zones it does not ask."""
+    if hedge["spot"] is None:
+        return f"hedge: wanted {hedge['wanted']}; finding out what is there"
+    shunned = [f"  {each['zone']} {each['breaker']}" for each in hedge["zones"] if each["breaker"] != "closed"]
+    counts = "  ".join(f"{name.replace('_', ' ')} {hedge[name]}" for name in ("wanted", "spot", "spares", "on_demand", "asked"))
+    return f"hedge: {counts}{''.join(shunned)}"
 
 
 @app.command()

@@ -75,13 +75,15 @@ class LocalCloud:
 
     # ------------------------------------------------------------------ provider
 
-    async def launch(self, count: int, *, spot: bool) -> list[str]:
-        """Starts workers; their ids.
+    async def launch(self, count: int, *, spot: bool, zone: str | None = None) -> list[str]:
+        """Starts workers in `zone`, or in all zones in turn; their ids.
 
         Raises:
-            CloudError: a process could not be started.
+            CloudError: there is no such zone, or a process could not be started.
         """
-        return [await self._launch_one(spot=spot) for _ in range(count)]
+        if zone is not None and zone not in self._settings.zones:
+            raise CloudError(f"there is no zone {zone!r}; known: {', '.join(self._settings.zones)}")
+        return [await self._launch_one(spot=spot, zone=zone) for _ in range(count)]
 
     async def terminate(self, instance_id: str) -> None:
         """Ends an instance at the user's wish: its place stays empty."""
@@ -152,11 +154,11 @@ class LocalCloud:
 
     # ------------------------------------------------------------------ inner
 
-    async def _launch_one(self, *, spot: bool) -> str:
+    async def _launch_one(self, *, spot: bool, zone: str | None = None) -> str:
         number = self._next_number
         self._next_number += 1
         instance_id = f"i-{number}"
-        zone = self._settings.zones[number % len(self._settings.zones)]
+        zone = zone or self._settings.zones[number % len(self._settings.zones)]
         pid = await self._nursery.start(
             self._start_options(instance_id, spot, zone), instance_id, self._log_path(instance_id), self._on_exit
         )

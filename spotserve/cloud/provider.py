@@ -7,11 +7,11 @@ from typing import Protocol
 class Provider(Protocol):
     """A source of instances. News (launched, notice, lost) goes to the callback that the provider was made with."""
 
-    async def launch(self, count: int, *, spot: bool) -> Sequence[str]:
-        """Rents machines; their ids.
+    async def launch(self, count: int, *, spot: bool, zone: str | None = None) -> Sequence[str]:
+        """Rents machines in `zone` (None: wherever the provider likes); their ids.
 
         Raises:
-            CloudError: the provider refused.
+            CloudError: the provider refused, or has no such zone. Machines that had started by then stay, and have been told of.
         """
         ...
 

@@ -33,7 +33,7 @@ def adopt(fleet: Fleet, event: Registered, now_s: float) -> list[Deactivate]:
         if known is None:
             known = Replica(planned, {}, complete_by_s=now_s + COMPLETE_WITHIN_S)
             fleet.replicas[planned.replica_id] = known
-        known.devices.update(held)
+        known.learn(held)
         for slot in held:
             fleet.note_ready(known, slot)
         _serve_when_whole(fleet, known, now_s)
@@ -47,7 +47,7 @@ def adopt_slot(fleet: Fleet, event: SlotReady, now_s: float) -> list[Deactivate]
     if replica is None:
         return [Deactivate(instance_id=event.instance_id, device_index=event.device_index, slot=event.slot)]
     if replica.complete_by_s is not None:
-        replica.devices[event.slot] = device
+        replica.learn({event.slot: device})
         fleet.note_ready(replica, event.slot)
         _serve_when_whole(fleet, replica, now_s)
     return []

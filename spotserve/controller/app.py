@@ -93,6 +93,7 @@ def status_of(controller: Controller, *, model_name: str, store_url: str, store_
             }
             for change in list(state.changes)[-MIGRATIONS_SHOWN:]
         ],
+        "hedge": state.hedging.summary() if state.hedging is not None else None,
     }
 
 

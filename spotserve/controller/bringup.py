@@ -1,13 +1,13 @@
 """New replicas: which device takes which slot, where the weights that it lacks come from, and when they are sent."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import inf
 
 from spotserve.controller.fleet import Fleet
 from spotserve.controller.records import Replica
 from spotserve.core.cluster import DeviceId, ReplicaState
-from spotserve.core.messages import Activate, Address, HeldSlot, Member, WeightTransfer
+from spotserve.core.messages import Activate, HeldSlot, Member, WeightTransfer
 from spotserve.core.plan import Placement, ReplicaPlan
 from spotserve.migration.flows import Flow, weight_flows
 from spotserve.migration.matching import place
@@ -35,38 +35,37 @@ class Arrangement:
 
 def arrange(fleet: Fleet, planned: Sequence[ReplicaPlan], devices: Sequence[DeviceId], *, now_s: float) -> Arrangement:
     """Places replicas on `devices`, of which there must be enough. Changes nothing."""
-    types = {instance_id: instance.instance_type for instance_id, instance in fleet.instances.items()}
+    devices = devices if planned else ()
+    machines = {device.instance_id for device in devices}
     links = fleet.links()
     network_bytes_per_s = {instance_id: each.network.bytes_per_s for instance_id, each in links.items()}
     scores = scores_of(
         fleet.model,
         planned,
         devices,
-        contents_of(fleet, max(1, len(planned))),
-        instance_types=types,
+        contents_of(fleet, machines, max(1, len(planned))),
+        instance_types={instance_id: fleet.instances[instance_id].instance_type for instance_id in machines},
         network_bytes_per_s=network_bytes_per_s,
     )
     placement = place(scores)
-    ranks = fleet.ranks()
     sourced = []
     if fleet.model is not None and planned:
         parallel = {replica.replica_id: replica.parallel for replica in planned}
+        held = fleet.held()
         sourced = choose_sources(
             fleet.model,
             {device: (slot, parallel[slot.replica_id]) for slot, device in placement.devices.items()},
-            fleet.held(),
-            fleet.held(),
+            held,
+            held,
             dying=fleet.deadlines_s(),
             network_bytes_per_s=network_bytes_per_s,
         )
     flows = weight_flows(fleet.model, sourced) if fleet.model is not None else []
     timed = schedule(flows, links=links, now_s=now_s, deadlines_s=fleet.deadlines_s())
-    return Arrangement(scores, placement, timed, _in_order(dict(zip(flows, sourced, strict=True)), timed, ranks))
+    return Arrangement(scores, placement, timed, _in_order(dict(zip(flows, sourced, strict=True)), timed, fleet))
 
 
-def _in_order(
-    sourced: Mapping[Flow, Sourced], timed: Schedule, ranks: Mapping[DeviceId, Address]
-) -> dict[DeviceId, tuple[WeightTransfer, ...]]:
+def _in_order(sourced: Mapping[Flow, Sourced], timed: Schedule, fleet: Fleet) -> dict[DeviceId, tuple[WeightTransfer, ...]]:
     """What each device takes, layer by layer as they are scheduled. The parts of one layer keep the order in which their sources
     were chosen: a device takes from each what it still lacks, and that is what was counted."""
     first_s: dict[tuple[DeviceId, int], float] = {}
@@ -77,19 +76,18 @@ def _in_order(
     transfers: dict[DeviceId, list[WeightTransfer]] = {}
     for flow, taken in sorted(sourced.items(), key=lambda item: first_s.get((item[1].device, item[1].layer), inf)):
         if flow in sent:
-            transfer = WeightTransfer(taken.layer, taken.source, ranks[taken.source], taken.num_bytes)
+            transfer = WeightTransfer(taken.layer, taken.source, fleet.rank_of(taken.source), taken.num_bytes)
             transfers.setdefault(taken.device, []).append(transfer)
     return {device: tuple(listed) for device, listed in transfers.items()}
 
 
 def bring_up(fleet: Fleet, planned: Sequence[ReplicaPlan], arrangement: Arrangement, plan_epoch: int) -> list[Activate]:
     """Adds replicas to the fleet where `arrangement` has them; what their devices are told."""
-    ranks = fleet.ranks()
     commands = []
     for replica in planned:
         placed = {slot: arrangement.placement.devices[slot] for slot in replica.slots}
         fleet.replicas[replica.replica_id] = Replica(replica, placed)
-        members = tuple(Member(slot, device, ranks[device]) for slot, device in placed.items())
+        members = tuple(Member(slot, device, fleet.rank_of(device)) for slot, device in placed.items())
         commands += [
             Activate(
                 instance_id=device.instance_id,
@@ -105,16 +103,24 @@ def bring_up(fleet: Fleet, planned: Sequence[ReplicaPlan], arrangement: Arrangem
     return commands
 
 
-def contents_of(fleet: Fleet, num_heirs: int) -> dict[DeviceId, Contents]:
-    """What is on every device that can be reached (SpotServe, section 3.3).
+def contents_of(fleet: Fleet, instance_ids: Set[str], num_heirs: int) -> dict[DeviceId, Contents]:
+    """What is on every device of these instances, which can be reached (SpotServe, section 3.3).
 
     KV counts when the replica that has it goes, and then in parts, as its sequences are spread over `num_heirs` replicas.
     """
     live: dict[DeviceId, list[tuple[HeldSlot, int]]] = {}
-    for replica in fleet.replicas.values():
-        if replica.state is ReplicaState.LOADING:
-            continue
-        _, _, kv_tokens = fleet.load_of(replica)
+    there = [
+        replica
+        for replica in fleet.replicas.values()
+        if replica.state is not ReplicaState.LOADING and not instance_ids.isdisjoint(replica.instance_ids)
+    ]
+    for replica, load in zip(there, fleet.loads(there), strict=True):
         for slot, device in replica.devices.items():
-            live.setdefault(device, []).append((HeldSlot(device.index, slot, replica.plan.parallel), kv_tokens // num_heirs))
-    return {device: Contents(tuple(held), tuple(live.get(device, ()))) for device, held in fleet.held().items()}
+            shared = load.kv_tokens // num_heirs
+            live.setdefault(device, []).append((HeldSlot(device.index, slot, replica.plan.parallel), shared))
+    machines = [fleet.instances[instance_id] for instance_id in instance_ids]
+    return {
+        device: Contents(tuple(machine.held.get(device.index, ())), tuple(live.get(device, ())))
+        for machine in machines
+        for device in machine.devices
+    }

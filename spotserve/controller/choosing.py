@@ -11,9 +11,10 @@ quiet for a while.
 Owner of what is learned of the fleet for planning. Knows no commands.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 
 from spotserve.config import ControllerSettings
 from spotserve.controller.bringup import arrange
@@ -24,7 +25,7 @@ from spotserve.controller.proposals import EngineTerms, Proposal, Proposer, Term
 from spotserve.controller.records import Replica
 from spotserve.core.plan import Parallel, Plan
 from spotserve.planner.hazard import HazardBook
-from spotserve.planner.outlook import Option, weigh
+from spotserve.planner.outlook import Option, Worth, weigh
 from spotserve.planner.risk import Risk
 from spotserve.planner.workload import Objective
 
@@ -48,7 +49,8 @@ AS_MUCH_SHARE = 0.01
 """Of the load: plans whose expected service differs by less serve about as much."""
 
 FASTER_SHARE = 0.8
-"""Without limits a plan that serves about as much is worth a change if its 99th percentile is at most this share of the other's."""
+"""Without limits plans that serve about as much are about as fast, too, if the quicker one takes at least this share of the time at
+the 99th percentile."""
 
 COSTS_AT_MOST = 0.05
 """And if the change takes at most this share of the time over which it pays."""
@@ -161,6 +163,9 @@ class Chooser:
     def _better(self, base: Proposal, others: Sequence[Proposal], risk: Risk) -> tuple[Proposal, str]:
         """The best of these by what they are expected to serve; without limits, of those that serve about as much, the fastest."""
         assert self.terms is not None
+        if not others:
+            is_limited = self._objective.is_set
+            return base, f"stay with {base.name}: there is nothing else" if is_limited else f"{base.name}: {base.why}"
         rate_rps = self.terms.workload.rate_rps
         by_name = {each.name: each for each in (*others, base)}
         dearest = max(each.usd_per_hour for each in by_name.values())
@@ -175,15 +180,27 @@ class Chooser:
         chosen = by_name[verdict.option.name]
         if self._objective.is_set:
             return chosen, verdict.reason
-        worths = {each.name: each for each in verdict.worths}
-        enough_rps = worths[chosen.name].served_rps - AS_MUCH_SHARE * rate_rps
-        for each in sorted(others, key=lambda other: other.latency.e2e_p99_s):
-            its = worths[each.name]
-            is_faster = each.latency.e2e_p99_s < FASTER_SHARE * chosen.latency.e2e_p99_s
-            if is_faster and its.served_rps >= enough_rps and each.change_s <= COSTS_AT_MOST * its.life_s:
-                faster = f"end-to-end p99 {each.latency.e2e_p99_s:.3g} s instead of {chosen.latency.e2e_p99_s:.3g} s"
-                return each, f"change to {each.name}: {faster}, for {each.change_s:.3g} s of change"
-        return chosen, verdict.reason if others else f"{base.name}: {base.why}"
+        return self._soonest(chosen, by_name.values(), {each.name: each for each in verdict.worths}, verdict.reason)
+
+    def _soonest(
+        self, chosen: Proposal, proposals: Iterable[Proposal], worths: Mapping[str, Worth], reason: str
+    ) -> tuple[Proposal, str]:
+        """Of plans that serve about as much as the chosen one the fastest; of those about as fast the one that moves least."""
+        assert self.terms is not None
+        enough_rps = worths[chosen.name].served_rps - AS_MUCH_SHARE * self.terms.workload.rate_rps
+        near = [
+            each
+            for each in proposals
+            if worths[each.name].served_rps >= enough_rps and each.change_s <= COSTS_AT_MOST * worths[each.name].life_s
+        ]
+        fastest_s = min((each.latency.e2e_p99_s for each in near), default=inf)
+        fast = [each for each in near if FASTER_SHARE * each.latency.e2e_p99_s <= fastest_s]
+        best = min(fast, key=lambda each: (each.moved_bytes, each.latency.e2e_p99_s), default=chosen)
+        if best is chosen:
+            return chosen, reason
+        told = f"end-to-end p99 {best.latency.e2e_p99_s:.3g} s, {best.moved_bytes} bytes to move, {best.change_s:.3g} s of change"
+        instead = f"{chosen.latency.e2e_p99_s:.3g} s, {chosen.moved_bytes} bytes, {chosen.change_s:.3g} s with {chosen.name}"
+        return best, f"{best.name} serves as much: {told}; {instead}"
 
     def _with_change(self, proposal: Proposal, now_s: float) -> Proposal:
         """The same with the time and the bytes until it serves."""

@@ -6,6 +6,7 @@ from spotserve.controller.executor import Executor
 from spotserve.controller.state import ControllerState
 from spotserve.core.clock import Clock
 from spotserve.core.messages import (
+    TERMINATED,
     ControllerInbound,
     Event,
     GatewayAttached,
@@ -81,7 +82,7 @@ class Controller:
             case NoticeReceived() if acted:
                 self._metrics.notices.labels(event.notice.source).inc()
                 self._metrics.notice_to_published.observe(self._clock.now_s() - heard_s)
-            case InstanceLost() if acted:
+            case InstanceLost() if acted and event.reason != TERMINATED:
                 instance = self.state.instances[event.instance_id]
                 self._metrics.preemptions.labels("yes" if instance.notice is not None else "no").inc()
             case SequenceMoved():

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from spotserve.cloud.provider import Provider
@@ -12,7 +12,9 @@ from spotserve.core.messages import (
     Command,
     Deactivate,
     Drain,
+    Event,
     Launch,
+    LaunchRefused,
     Publish,
     RoutingTable,
     Stop,
@@ -22,21 +24,27 @@ from spotserve.core.messages import (
 )
 from spotserve.wire import Channel
 
+CLOSE_S = 5.0
+"""How long what is under way may still take in the end: a machine that is being started should be known, to be returned."""
+
 log = logging.getLogger(__name__)
 
 
 class Executor:
-    """Owner of the channels to workers and gateways."""
+    """Owner of the channels to workers and gateways. What the cloud refuses goes to `on_event`."""
 
-    def __init__(self, provider: Provider) -> None:
+    def __init__(self, provider: Provider, on_event: Callable[[Event], None]) -> None:
         self._provider = provider
+        self._on_event = on_event
+        self._is_closed = False
         self._workers: dict[str, Channel[Any]] = {}
         self._gateways: dict[str, Channel[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def carry_out(self, commands: Sequence[Command]) -> None:
-        """Sends every command; nothing is awaited, so a notice's table is on its way before anything else happens."""
-        for command in commands:
+        """Sends every command; nothing is awaited, so a notice's table is on its way before anything else happens. When closed:
+        nothing."""
+        for command in commands if not self._is_closed else ():
             match command:
                 case Publish():
                     for gateway_id in tuple(self._gateways):
@@ -70,7 +78,10 @@ class Executor:
             del self._gateways[gateway_id]
 
     async def close(self) -> None:
-        """Abandons what is still under way."""
+        """Takes no more commands, and abandons what is still under way after a while."""
+        self._is_closed = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -93,9 +104,10 @@ class Executor:
 
     async def _launch(self, launch: Launch) -> None:
         try:
-            await self._provider.launch(launch.count, spot=launch.spot)
+            await self._provider.launch(launch.count, spot=launch.spot, zone=launch.zone)
         except CloudError as error:
             log.error("launch failed: %s", error)
+            self._on_event(LaunchRefused(count=launch.count, spot=launch.spot, zone=launch.zone, reason=str(error)))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -1,6 +1,8 @@
 """All instances and replicas, and what can be read off them. The one owner of both."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from spotserve.controller.records import Instance, Replica
 from spotserve.core.cluster import DeviceId, InstanceState, ReplicaState
@@ -17,6 +19,17 @@ LINK_BYTES_PER_S = 200e6
 
 UNKNOWN_LINKS = InstanceLinks(network=Link(0.0, LINK_BYTES_PER_S), inside=Link(0.0, LINK_BYTES_PER_S))
 """Of a machine that does not say what kind it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a replica has to do."""
+
+    num_sequences: int
+    context_tokens: int
+    """Of these sequences."""
+    kv_tokens: int
+    """In its KV cache."""
 
 
 class Fleet:
@@ -45,9 +58,9 @@ class Fleet:
         """What every device that can be reached has in memory."""
         return {device: instance.held.get(device.index, ()) for instance in self.alive() for device in instance.devices}
 
-    def ranks(self) -> dict[DeviceId, Address]:
-        """Where the rank of every device listens."""
-        return {device: instance.ranks[device.index] for instance in self.alive() for device in instance.devices}
+    def rank_of(self, device: DeviceId) -> Address:
+        """Where the rank of a device listens whose instance has registered."""
+        return self.instances[device.instance_id].ranks[device.index]
 
     def links(self) -> dict[str, InstanceLinks]:
         """How fast bytes get out of, into and about every machine that is not gone."""
@@ -87,27 +100,30 @@ class Fleet:
     def note_ready(self, replica: Replica, slot: Slot) -> None:
         """A device holds the weights of its slot. What it held for slots that have ended it keeps no longer."""
         replica.ready_slots.add(slot)
-        self._keep_what_is_used(replica.devices[slot])
+        device = replica.devices[slot]
+        self._keep_what_is_used(device, self.replicas_on(device.instance_id))
 
     def drop(self, replica: Replica, *, but: Slot | None = None) -> list[Deactivate]:
         """Forgets a replica; what its devices are to be told, except the one of slot `but`."""
         replica.move_to(ReplicaState.STOPPED)
         del self.replicas[replica.replica_id]
         self.dropped.add(replica.replica_id)
+        there = [each for each in replica.instance_ids if self.instances[each].state is not InstanceState.GONE]
+        others = {instance_id: self.replicas_on(instance_id) for instance_id in there}
         told = []
-        for slot, device in sorted(replica.devices.items()):
-            if self.instances[device.instance_id].state is InstanceState.GONE:
+        for slot, device in replica.devices.items():
+            if device.instance_id not in others:
                 continue
-            self._keep_what_is_used(device)
+            self._keep_what_is_used(device, others[device.instance_id])
             if slot != but:
                 told.append(Deactivate(instance_id=device.instance_id, device_index=device.index, slot=slot))
         return told
 
-    def _keep_what_is_used(self, device: DeviceId) -> None:
+    def _keep_what_is_used(self, device: DeviceId, replicas: Iterable[Replica]) -> None:
         """A device has the weights of its ready slots; when there are none, it keeps what it had."""
         used = tuple(
             HeldSlot(device.index, slot, replica.plan.parallel)
-            for replica in self.replicas.values()
+            for replica in replicas
             for slot in sorted(replica.ready_slots)
             if replica.devices[slot] == device
         )
@@ -116,40 +132,46 @@ class Fleet:
 
     # ------------------------------------------------------------------ load
 
-    def load_of(self, replica: Replica) -> tuple[int, int, int]:
-        """Sequences of a replica, their context tokens, and tokens in its KV cache, as its leader's last heartbeat tells.
+    def loads(self, replicas: Iterable[Replica]) -> list[Load]:
+        """What replicas have to do, in their order, as their leaders' last heartbeats tell.
 
         A heartbeat counts for all replicas that the instance leads, in equal parts; one that began to serve after it has none.
         """
-        leader = self.leader_of(replica)
-        if leader is None or leader.heartbeat is None or replica.serving_since_s >= leader.last_heard_s:
-            return 0, 0, 0
-        sharing = sum(
-            other.leader_id == leader.instance_id
-            and other.state in (ReplicaState.SERVING, ReplicaState.DRAINING)
-            and other.serving_since_s < leader.last_heard_s
-            for other in self.replicas.values()
+        sharing = Counter(
+            leader.instance_id
+            for each in self.replicas.values()
+            if each.state in (ReplicaState.SERVING, ReplicaState.DRAINING)
+            and (leader := self.leader_of(each)) is not None
+            and each.serving_since_s < leader.last_heard_s
         )
-        heartbeat, share = leader.heartbeat, max(1, sharing)
-        context_tokens = sum(sequence.context_tokens for sequence in heartbeat.sequences)
-        return -(-(heartbeat.running + heartbeat.waiting) // share), context_tokens // share, heartbeat.kv_tokens_used // share
+        loads = []
+        for replica in replicas:
+            leader = self.leader_of(replica)
+            if leader is None or leader.heartbeat is None or replica.serving_since_s >= leader.last_heard_s:
+                loads.append(Load(0, 0, 0))
+                continue
+            heartbeat, share = leader.heartbeat, max(1, sharing[leader.instance_id])
+            context_tokens = sum([sequence.context_tokens for sequence in heartbeat.sequences])
+            num_sequences = -(-(heartbeat.running + heartbeat.waiting) // share)
+            loads.append(Load(num_sequences, context_tokens // share, heartbeat.kv_tokens_used // share))
+        return loads
 
     def destinations(self) -> list[Destination]:
         """Replicas that can take sequences over."""
+        serving = self.in_state(ReplicaState.SERVING)
         destinations = []
-        for replica in self.in_state(ReplicaState.SERVING):
+        for replica, load in zip(serving, self.loads(serving), strict=True):
             leader = self.leader_of(replica)
             if leader is None or leader.address is None:
                 continue
-            num_sequences, context_tokens, _ = self.load_of(replica)
             destinations.append(
                 Destination(
                     replica_id=replica.replica_id,
                     instance_id=leader.instance_id,
                     address=leader.address,
-                    free_sequences=max(0, replica.plan.parallel.max_batch - num_sequences),
+                    free_sequences=max(0, replica.plan.parallel.max_batch - load.num_sequences),
                     speed=speed_of(leader),
-                    context_tokens=context_tokens,
+                    context_tokens=load.context_tokens,
                 )
             )
         return destinations

@@ -11,12 +11,15 @@ from spotserve.core.messages import (
     Deactivate,
     Drain,
     Event,
+    Launch,
+    LaunchRefused,
     NoticeReceived,
     Publish,
     Reshape,
     SlotFailed,
     SlotReady,
 )
+from spotserve.planner.planner import listed
 
 DECISIONS_KEPT = 1000
 EVENTS_KEPT = 10_000
@@ -51,6 +54,8 @@ def _cause(event: Event) -> str:
             about = shape_text(event.data, event.pipeline, event.tensor)
         case SlotReady() | SlotFailed():
             about = f"{slot_text(event.slot.replica_id, event.slot.stage, event.slot.shard)} on {event.instance_id}"
+        case LaunchRefused():
+            about = machines_text(event.count, event.zone, spot=event.spot)
         case _:
             about = getattr(event, "instance_id", "")
     return f"{type(event).__name__} {about}".strip()
@@ -68,12 +73,17 @@ def slot_text(replica_id: str, stage: int, shard: int) -> str:
     return f"{replica_id}.{stage}.{shard}"
 
 
+def machines_text(count: int, zone: str | None, *, spot: bool) -> str:
+    """So many machines of a kind in a place."""
+    return f"{count} {'spot' if spot else 'on demand'}{f' in {zone}' if zone is not None else ''}"
+
+
 def describe(command: Command) -> str:
     """One command in a few words, for people."""
     match command:
         case Publish():
             serving = [route.replica_id for route in command.table.replicas if route.state is ReplicaState.SERVING]
-            return f"publish table {command.table.version}: serving {', '.join(serving) or 'nobody'}"
+            return f"publish table {command.table.version}: serving {listed(serving) or 'nobody'}"
         case Activate():
             slot = slot_text(command.slot.replica_id, command.slot.stage, command.slot.shard)
             num_bytes = sum(transfer.num_bytes for transfer in command.transfers)
@@ -84,5 +94,8 @@ def describe(command: Command) -> str:
             return f"deactivate {slot} on {command.instance_id}/{command.device_index}"
         case Drain():
             return f"drain {command.replica_id} on {command.instance_id}: {len(command.orders)} orders"
+        case Launch():
+            why = f" ({command.reason})" if command.reason else ""
+            return f"launch {machines_text(command.count, command.zone, spot=command.spot)}{why}"
         case _:
             return f"{type(command).__name__.lower()} {getattr(command, 'instance_id', '')}".strip()

@@ -45,6 +45,8 @@ def tell(fleet: Fleet, now_s: float) -> tuple[list[Drain], list[str]]:
         for replica in fleet.in_state(ReplicaState.DRAINING)
         if replica.leaving is not None and not replica.leaving.is_told and fleet.leader_of(replica) is not None
     ]
+    if not waiting:
+        return [], []
     replaced = [replica for replica in waiting if replica.leaving is not None and replica.leaving.is_replaced]
     dying = [replica for replica in waiting if replica not in replaced]
     destinations = fleet.destinations()
@@ -73,7 +75,7 @@ def _is_time(fleet: Fleet, dying: Sequence[Replica], destinations: Sequence[Dest
     """Whether what runs on dying replicas should leave before it must."""
     if not destinations:
         return False
-    num_sequences = sum(fleet.load_of(replica)[0] for replica in dying)
+    num_sequences = sum(load.num_sequences for load in fleet.loads(dying))
     room = sum(destination.free_sequences for destination in destinations)
     return num_sequences <= room or not fleet.in_state(ReplicaState.LOADING)
 

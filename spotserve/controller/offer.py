@@ -34,7 +34,10 @@ def offer_of(fleet: Fleet, kept: Sequence[Replica]) -> Offer:
     by_kind: dict[Kind, list[Instance]] = {}
     for machine in machines:
         by_kind.setdefault(kind_of(machine), []).append(machine)
-    taken = Counter(kind_of(fleet.instances[device.instance_id]) for replica in kept for device in set(replica.devices.values()))
+    used = Counter([device.instance_id for replica in kept for device in set(replica.devices.values())])
+    taken: Counter[Kind] = Counter()
+    for instance_id, num_devices in used.items():
+        taken[kind_of(fleet.instances[instance_id])] += num_devices
     pools = []
     for (name, spot), members in sorted(by_kind.items()):
         usd_per_hour = sum(each.usd_per_hour for each in members) / len(members)

@@ -4,19 +4,22 @@ A replica that runs and is in a plan keeps its name and its devices; devices tha
 that are there are paid for. Where new replicas go exactly is decided when a plan is carried out.
 """
 
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
+from typing import TypeAlias
 
 from spotserve.controller.fleet import Fleet
-from spotserve.controller.offer import kind_of
-from spotserve.controller.records import Replica
+from spotserve.controller.offer import Kind, kind_of
+from spotserve.controller.records import Instance, Replica
+from spotserve.core.cluster import DeviceId
 from spotserve.core.hardware import InstanceType
 from spotserve.core.plan import Parallel, ReplicaPlan
 from spotserve.planner.cost import replica_cost
 from spotserve.planner.cutting import cut_by_time
-from spotserve.planner.fleets import Choice, Pool
+from spotserve.planner.fleets import Choice, Pool, alike
 from spotserve.planner.memory import STEP_TOKENS
 from spotserve.planner.outlook import Footprint
 from spotserve.planner.queueing import latency, max_rate_rps
@@ -30,6 +33,10 @@ NEVER = Latency(inf, inf, inf, inf, inf, inf, inf)
 
 ENDLESS_RPS = 1e9
 """More than any fleet serves: the best is then what serves most."""
+
+
+_Like: TypeAlias = tuple[Parallel, Kind, float]
+"""Replicas that are one choice to the search: their shape, the kind of their machines, and its price."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +59,9 @@ class Proposal:
     @property
     def name(self) -> str:
         """Its replicas in a few letters."""
-        shapes = [f"(P={each.parallel.pipeline}, M={each.parallel.tensor})" for each in self.replicas]
-        return " + ".join(f"{shapes.count(shape)} x {shape}" for shape in sorted(set(shapes))) or "nothing"
+        cuts = Counter([(each.parallel.pipeline, each.parallel.tensor) for each in self.replicas])
+        shapes = {f"(P={pipeline}, M={tensor})": number for (pipeline, tensor), number in cuts.items()}
+        return " + ".join(f"{number} x {shape}" for shape, number in sorted(shapes.items())) or "nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,16 @@ class Proposer:
 
     def keepable(self, staying: Sequence[Replica], terms: Terms) -> list[tuple[Replica, Choice]]:
         """Replicas that run and that the planner would have as they are."""
-        return [(replica, choice) for replica in staying if (choice := self._choice_of(replica, terms)) is not None]
+        known: dict[_Like, Choice | None] = {}
+        kept = []
+        for replica in staying:
+            first = self._fleet.instances[replica.instance_ids[0]]
+            like = replica.plan.parallel, kind_of(first), first.usd_per_hour
+            if like not in known:
+                known[like] = self._choice_of(replica.plan.parallel, first, terms)
+            if (choice := known[like]) is not None:
+                kept.append((replica, choice))
+        return kept
 
     def propose(
         self,
@@ -181,14 +198,14 @@ class Proposer:
             self._fleet.model, parallel, hardware, context_tokens=context_tokens, step_tokens=terms.engine.step_tokens
         )
 
-    def _choice_of(self, replica: Replica, terms: Terms) -> Choice | None:
-        """A replica that runs, as the search knows them; None when the planner would not have it so."""
-        first = self._fleet.instances[replica.instance_ids[0]]
+    def _choice_of(self, parallel: Parallel, first: Instance, terms: Terms) -> Choice | None:
+        """A replica that runs, on such machines as its first one, as the search knows them; None when the planner would not have
+        it so."""
         hardware = self._fleet.hardware.get(first.instance_type)
-        speed = "not known" if hardware is None else self._speed_of(replica.plan.parallel, hardware, terms)
+        speed = "not known" if hardware is None else self._speed_of(parallel, hardware, terms)
         if hardware is None or isinstance(speed, str):
             return None
-        return Choice(replica.plan.parallel, Pool(hardware, 0, first.usd_per_hour, spot=first.spot), speed)
+        return Choice(parallel, Pool(hardware, 0, first.usd_per_hour, spot=first.spot), speed)
 
     # ------------------------------------------------------------------ naming
 
@@ -196,65 +213,69 @@ class Proposer:
         self, choices: Sequence[Choice], staying: Sequence[Replica], terms: Terms, why: str, next_replica_number: int
     ) -> Proposal:
         """Gives every replica its name and machines: the like of one that runs is that one."""
-        left = list(staying)
-        machines = _Free(self._fleet)
+        left = self._by_shape(staying)
+        taken: set[DeviceId] = set()
         replicas: list[ReplicaPlan] = []
         instance_ids: dict[str, tuple[str, ...]] = {}
         missing: list[ReplicaPlan] = []
         for choice in choices:
-            running = next((each for each in left if self._is_like(each, choice)), None)
-            if running is not None:
-                left.remove(running)
+            shape = choice.parallel.pipeline, choice.parallel.tensor
+            namesakes = left.get((*shape, choice.pool.instance_type.name, choice.pool.spot))
+            if namesakes:
+                running = namesakes.popleft()
                 instance_ids[running.replica_id] = running.instance_ids
-                machines.take(running)
+                taken.update(running.devices.values())
                 replicas.append(running.plan)
                 continue
             name = f"r-{next_replica_number + len(missing)}"
             hardware = choice.pool.instance_type.name
             missing.append(ReplicaPlan(replica_id=name, parallel=choice.parallel, instance_type=hardware))
             replicas.append(missing[-1])
-        instance_ids |= {each.replica_id: machines.some_for(each) for each in missing}
+        if missing:
+            machines = _Free(self._fleet, taken)
+            instance_ids |= {each.replica_id: machines.some_for(each) for each in missing}
         rates: dict[tuple[Parallel, str], float] = {}
-        for choice in choices:
+        footprints = []
+        for choice, replica in zip(choices, replicas, strict=True):
             kind = choice.parallel, choice.pool.instance_type.name
             if kind not in rates:
                 rates[kind] = max_rate_rps(choice.speed, terms.workload, terms.objective)
-        footprints = tuple(
-            Footprint(instance_ids[replica.replica_id], rates[choice.parallel, choice.pool.instance_type.name])
-            for choice, replica in zip(choices, replicas, strict=True)
-        )
+            footprints.append(Footprint(instance_ids[replica.replica_id], rates[kind]))
+        speeds: Counter[ReplicaSpeed] = Counter()
+        for speed, number in alike(choices):
+            speeds[speed] += number
         used = {instance_id for each in footprints for instance_id in each.instance_ids}
         return Proposal(
             replicas=tuple(replicas),
-            footprints=footprints,
-            latency=latency([choice.speed for choice in choices], terms.workload),
+            footprints=tuple(footprints),
+            latency=latency(speeds, terms.workload),
             throughput_rps=sum(each.rate_rps for each in footprints),
             usd_per_hour=sum(self._fleet.instances[instance_id].usd_per_hour for instance_id in sorted(used)),
             why=why,
         )
 
-    def _is_like(self, replica: Replica, choice: Choice) -> bool:
-        """Whether a replica that runs is what a choice asks for: the same stages and shards on the same kind of machine."""
-        mine, wanted = replica.plan.parallel, choice.parallel
-        name, spot = kind_of(self._fleet.instances[replica.instance_ids[0]])
-        pool = choice.pool
-        return (mine.pipeline, mine.tensor, name, spot) == (wanted.pipeline, wanted.tensor, pool.instance_type.name, pool.spot)
+    def _by_shape(self, running: Sequence[Replica]) -> dict[tuple[int, int, str, bool], deque[Replica]]:
+        """Replicas that a choice may be, in order: those of as many stages and shards on the same kind of machine."""
+        found: dict[tuple[int, int, str, bool], deque[Replica]] = {}
+        for replica in running:
+            mine = replica.plan.parallel
+            first = self._fleet.instances[replica.instance_ids[0]]
+            found.setdefault((mine.pipeline, mine.tensor, *kind_of(first)), deque()).append(replica)
+        return found
 
 
 class _Free:
     """Devices that new replicas could have: roughly, since where they go exactly is a matter of placement."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._devices = {device: fleet.instances[device.instance_id].instance_type for device in reversed(fleet.ready_devices())}
-
-    def take(self, replica: Replica) -> None:
-        """A replica keeps its devices."""
-        for device in replica.devices.values():
-            self._devices.pop(device, None)
+    def __init__(self, fleet: Fleet, taken: Container[DeviceId]) -> None:
+        self._devices: dict[str, list[DeviceId]] = {}
+        """By type of machine, the next one last."""
+        for device in fleet.ready_devices():
+            if device not in taken:
+                self._devices.setdefault(fleet.instances[device.instance_id].instance_type, []).append(device)
 
     def some_for(self, planned: ReplicaPlan) -> tuple[str, ...]:
         """Machines with as many free devices of its kind as it takes."""
-        mine = [device for device, kind in self._devices.items() if kind == planned.instance_type][: planned.parallel.num_slots]
-        for device in mine:
-            del self._devices[device]
+        free = self._devices.get(planned.instance_type, [])
+        mine = [free.pop() for _ in range(min(len(free), planned.parallel.num_slots))]
         return tuple(dict.fromkeys(device.instance_id for device in mine))

@@ -1,7 +1,9 @@
 """What the controller knows of instances, replicas and changes. Plain records; `controller.fleet` and `controller.changes` own
 them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from spotserve.core.cluster import (
     INSTANCE_TRANSITIONS,
@@ -36,6 +38,12 @@ class Instance:
     held: dict[int, tuple[HeldSlot, ...]] = field(default_factory=dict)
     """By device: the slots that it serves or is ready to, or else those whose weights it still has."""
     notice: Notice | None = None
+    ready_s: float | None = None
+    """Since when its worker takes commands; None: it has not registered yet."""
+    is_returned: bool = False
+    """It is too many: its notice is our own."""
+    is_given_back: bool = False
+    """The cloud has been told to end it."""
     heartbeat: Heartbeat | None = None
     last_heard_s: float = 0.0
 
@@ -50,7 +58,12 @@ class Instance:
     @property
     def devices(self) -> tuple[DeviceId, ...]:
         """All of its devices."""
-        return tuple(DeviceId(self.instance_id, index) for index in range(len(self.ranks)))
+        return _devices(self.instance_id, len(self.ranks))
+
+
+@lru_cache(maxsize=65_536)
+def _devices(instance_id: str, count: int) -> tuple[DeviceId, ...]:
+    return tuple(DeviceId(instance_id, index) for index in range(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,7 @@ class Replica:
 
     plan: ReplicaPlan
     devices: dict[Slot, DeviceId]
+    """In the order of slots; see `learn`."""
     state: ReplicaState = ReplicaState.LOADING
     ready_slots: set[Slot] = field(default_factory=set)
     serving_since_s: float = 0.0
@@ -101,13 +115,17 @@ class Replica:
     @property
     def leader_id(self) -> str | None:
         """The instance of its first slot, which takes its requests; None while that is not known."""
-        device = self.devices.get(self.plan.slots[0])
+        device = self.devices.get(Slot(self.replica_id, 0, 0))
         return None if device is None else device.instance_id
 
     @property
     def instance_ids(self) -> tuple[str, ...]:
         """Instances that hold a part of it, first stage first."""
-        return tuple(dict.fromkeys(device.instance_id for _, device in sorted(self.devices.items())))
+        return tuple(dict.fromkeys([device.instance_id for device in self.devices.values()]))
+
+    def learn(self, held: Mapping[Slot, DeviceId]) -> None:
+        """Somebody has told where these slots are."""
+        self.devices = dict(sorted({**self.devices, **held}.items()))
 
     def route(self, instance: Instance) -> Route:
         """How gateways reach it, given the instance of its first slot, which must be registered."""

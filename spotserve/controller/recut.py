@@ -17,7 +17,7 @@ from spotserve.controller.records import Replica
 from spotserve.core.cluster import DeviceId, InstanceState, ReplicaState
 from spotserve.core.messages import Command
 from spotserve.core.plan import Parallel, Plan
-from spotserve.planner.planner import Shape, number_after, plan
+from spotserve.planner.planner import Shape, listed, number_after, plan
 
 PATIENCE_S = 10.0
 """How long a machine that has been launched may take to register before one makes do with a smaller shape."""
@@ -219,4 +219,4 @@ class Recut:
 
 
 def _names(replicas: Sequence[Replica]) -> str:
-    return ", ".join(replica.replica_id for replica in replicas)
+    return listed([replica.replica_id for replica in replicas])

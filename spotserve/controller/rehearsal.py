@@ -90,7 +90,7 @@ def rehearse(
     grace_s: float = 0.0,
 ) -> Rehearsal:
     """Lets machines register and settle, then takes `lose` away, all with one notice of `grace_s` seconds (0: without any)."""
-    state = ControllerState(settings, engine)
+    state = ControllerState(settings.model_copy(update={"instances": None}), engine)  # the machines are those that are given
     rehearsal = Rehearsal(state, {each.replica.replica_id: each for each in standing})
     launched = [
         InstanceLaunched(instance_id=each.instance_id, spot=each.spot, zone=each.zone, usd_per_hour=each.usd_per_hour)

@@ -6,7 +6,8 @@ fleet from what workers say when they register; nothing that matters is lost wit
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 
 from spotserve.config import ControllerSettings
 from spotserve.controller.adoption import adopt, adopt_slot, incomplete
@@ -14,7 +15,8 @@ from spotserve.controller.bringup import Arrangement
 from spotserve.controller.choosing import Alternative, Chooser
 from spotserve.controller.demand import Demand
 from spotserve.controller.fleet import Fleet
-from spotserve.controller.journal import Journal, shape_text
+from spotserve.controller.hedging import Hedging, Place
+from spotserve.controller.journal import Journal, machines_text, shape_text
 from spotserve.controller.leaving import deadline_of, tell
 from spotserve.controller.notices import REVERT_AFTER_S, announce, revert
 from spotserve.controller.proposals import EngineTerms, Terms
@@ -22,6 +24,7 @@ from spotserve.controller.records import Change, Decision, FleetEvent, Instance,
 from spotserve.controller.recut import Recut
 from spotserve.controller.refitting import Refits
 from spotserve.controller.retries import Retries
+from spotserve.controller.returning import give_back, send_back
 from spotserve.controller.routing import Routing
 from spotserve.core.cluster import DeviceId, InstanceState, Notice, NoticeKind, ReplicaState
 from spotserve.core.hardware import InstanceType
@@ -39,6 +42,7 @@ from spotserve.core.messages import (
     InstanceLaunched,
     InstanceLost,
     Launch,
+    LaunchRefused,
     ModelRead,
     NoticeReceived,
     Publish,
@@ -62,25 +66,35 @@ from spotserve.planner.workload import Lengths, Workload
 SILENCE_S = 3.0
 """An instance that has not been heard of for so long hangs: it is ended, so that its sequences get another owner."""
 
+FEW_REPLICAS = 64
+ROOM_S = 0.1
+"""Of more replicas than a few it is looked so often whether heartbeats have told of room for the sequences of those that drain."""
+
 _ORDER = (Undrain, Publish, Drain, Deactivate, Activate, Terminate, Launch)
 """Of the commands of one turn. Who was told to drain takes requests again before anybody is sent there; nobody is sent to who
 drains before anything else is done about it; and a device leaves a slot before it is given another."""
+
+_NO_MATTER_OF_SIZE = (Heartbeat, GatewayReport, SequenceMoved, SequenceResumed)
+"""Events that come often and change nothing about how many machines there should be."""
 
 
 class ControllerState:
     """The fleet as the controller knows it, and what it wants of it."""
 
-    def __init__(self, settings: ControllerSettings, engine: EngineTerms) -> None:
+    def __init__(self, settings: ControllerSettings, engine: EngineTerms, places: Sequence[Place] = ()) -> None:
+        """`places`: where machines can be rented; needed where the settings say how many to hold."""
         self._fleet = Fleet()
         self._refits = Refits(self._fleet)
         self._demand = Demand(_expected(settings))
         self._chooser = Chooser(self._fleet, self._demand, settings, engine)
         wanted = None if settings.planning == "auto" else Shape(settings.data, settings.pipeline, settings.tensor)
         self._recut = Recut(self._fleet, wanted, self._chooser, max_batch=engine.max_batch)
+        self._hedging = None if settings.instances is None else Hedging(self._fleet, self._chooser.hazards, places, settings)
         self._routing = Routing(self._fleet)
         self._journal = Journal()
         self._retries = Retries()
         self._known_notices: set[str] = set()
+        self._told_s = -inf
         self.invariant: str | None = None
         """What the arithmetic of the engines keeps bit-equal, once one has said so."""
 
@@ -142,6 +156,11 @@ class ControllerState:
         return self._chooser.hazards
 
     @property
+    def hedging(self) -> Hedging | None:
+        """What is held, and why; None: the fleet's size is the provider's."""
+        return self._hedging
+
+    @property
     def changes(self) -> deque[Change]:
         """The newest changes of what runs where, newest last."""
         return self._recut.changes.kept
@@ -172,10 +191,11 @@ class ControllerState:
         """When time alone will change something: send a `Tick` then. None: never."""
         alive, replicas = self._fleet.alive(), self.replicas.values()
         due = [instance.last_heard_s + SILENCE_S for instance in alive if instance.address is not None]
-        due += [instance.notice.deadline_s + REVERT_AFTER_S for instance in alive if instance.notice is not None]
+        due += [_notice_ends_s(instance, instance.notice) for instance in alive if instance.notice is not None]
         waits = [deadline_of(replica.leaving) for replica in replicas if replica.leaving is not None]
         waits += [replica.complete_by_s for replica in replicas]
         waits.append(self._chooser.look_s if self.wanted is None else None)
+        waits.append(self._hedging.due_s if self._hedging is not None else None)
         return min([*due, *(each for each in (*waits, self._retries.due_s, self._recut.retry_s) if each is not None)], default=None)
 
     # ------------------------------------------------------------------ one turn
@@ -183,16 +203,29 @@ class ControllerState:
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """What to do about `event`, in order. Handling an event twice is harmless."""
         commands, reason = self._react(event, now_s)
+        resized, resize_reason = ([], "") if isinstance(event, _NO_MATTER_OF_SIZE) else self._resize(now_s)
+        if isinstance(event, Heartbeat) and not self._is_news(now_s):
+            return []
         retried, retry_reason = ([], "") if isinstance(event, Heartbeat) else self._recut.retry(now_s)
         settled = self._recut.settle(now_s)
         drains, verdicts = tell(self._fleet, now_s)
+        self._told_s = now_s
         self._recut.note_ends(now_s)
-        commands = [each for each in (*commands, *retried, *drains, *self._routing.publish()) if self._is_still_meant(each)]
+        commands = [
+            each for each in (*commands, *resized, *retried, *drains, *self._routing.publish()) if self._is_still_meant(each)
+        ]
         commands.sort(key=lambda command: _ORDER.index(type(command)))
-        reason = "; ".join(each for each in (reason, retry_reason, settled, *verdicts) if each)
+        reason = "; ".join(each for each in (reason, resize_reason, retry_reason, settled, *verdicts) if each)
         if commands or reason:
             self._journal.note_decision(event, commands, reason, now_s)
         return commands
+
+    def _is_news(self, now_s: float) -> bool:
+        """Whether what a worker has to do now may change what is to be done: only while replicas wait to be told to drain. There
+        are thousands of heartbeats per second in a large fleet."""
+        if len(self.replicas) > FEW_REPLICAS and now_s < self._told_s + ROOM_S:
+            return False
+        return any(each.leaving is not None and not each.leaving.is_told for each in self.replicas.values())
 
     def _is_still_meant(self, command: Command) -> bool:
         """What a turn begins, a later part of it may have given up: that is not begun."""
@@ -217,6 +250,8 @@ class ControllerState:
                 return self._failed(event, now_s)
             case NoticeReceived():
                 return self._noticed(event.notice, now_s)
+            case LaunchRefused():
+                return self._refused(event, now_s)
             case InstanceLost():
                 return self._lost(event, now_s)
             case SequenceMoved():
@@ -235,16 +270,31 @@ class ControllerState:
 
     def _launched(self, event: InstanceLaunched, now_s: float) -> tuple[list[Command], str]:
         if event.instance_id not in self.instances:
-            self.instances[event.instance_id] = Instance(
-                event.instance_id, spot=event.spot, zone=event.zone, usd_per_hour=event.usd_per_hour, launched_s=now_s
+            self._add(
+                Instance(event.instance_id, spot=event.spot, zone=event.zone, usd_per_hour=event.usd_per_hour, launched_s=now_s)
             )
             self._journal.note_event("launched", event.instance_id, now_s, spot=event.spot, usd_per_hour=event.usd_per_hour)
         return [], ""
 
+    def _add(self, instance: Instance) -> None:
+        """A machine that nobody has heard of before."""
+        self.instances[instance.instance_id] = instance
+        if self._hedging is not None:
+            self._hedging.note_new(instance)
+
+    def _refused(self, event: LaunchRefused, now_s: float) -> tuple[list[Command], str]:
+        if self._hedging is not None:
+            self._hedging.note_refused(event, now_s)
+        self._journal.note_event("refused", "", now_s, spot=event.spot, zone=event.zone, count=event.count, reason=event.reason)
+        return [], f"{machines_text(event.count, event.zone, spot=event.spot)} cannot be had: {event.reason}"
+
     def _registered(self, event: Registered, now_s: float) -> tuple[list[Command], str]:
         known = self.instances.get(event.instance_id)
-        if known is None or known.state is InstanceState.GONE:
+        if known is None:
             known = Instance(event.instance_id, spot=event.spot, zone=event.zone, usd_per_hour=0.0)
+            self._add(known)
+        elif known.state is InstanceState.GONE:
+            known = Instance(event.instance_id, spot=event.spot, zone=event.zone, usd_per_hour=known.usd_per_hour)
             self.instances[event.instance_id] = known
         known.pid, known.address, known.ranks = event.pid, event.address, event.ranks
         if event.hardware is not None:
@@ -252,6 +302,7 @@ class ControllerState:
             self._refits.measured(event.hardware)
         known.held = {index: tuple(each for each in event.held if each.device_index == index) for index in range(len(event.ranks))}
         known.last_heard_s = now_s
+        known.ready_s = now_s if known.ready_s is None else known.ready_s
         if known.state is InstanceState.PENDING:
             known.move_to(InstanceState.READY)
         if known.spot:
@@ -343,6 +394,8 @@ class ControllerState:
             self._chooser.hazards.note_soft(notice.instance_id, now_s)
             return [], f"{notice.instance_id} is at risk; nothing is drained for a soft signal"
         self._chooser.hazards.note_notice(notice.instance_id, now_s)
+        if self._hedging is not None and instance.spot and instance.notice is None:
+            self._hedging.note_warning(notice.deadline_s - now_s)
         self._journal.note_event("notice", notice.instance_id, now_s, deadline_s=notice.deadline_s)
         commands: list[Command] = [*announce(self._fleet, instance, notice, now_s)]
         replans, reason = self._recut.replan(f"{notice.instance_id} will be taken in {notice.deadline_s - now_s:.1f} s", now_s)
@@ -358,6 +411,8 @@ class ControllerState:
         kind = "terminated" if event.reason == TERMINATED else "lost"
         note_end = self._chooser.hazards.note_left if event.reason == TERMINATED else self._chooser.hazards.note_loss
         note_end(event.instance_id, now_s)
+        if self._hedging is not None and instance.spot and kind == "lost" and not had_notice:
+            self._hedging.note_warning(0.0)
         self._journal.note_event(kind, event.instance_id, now_s, reason=event.reason, notice=had_notice)
         commands = self._drop_all(self._fleet.replicas_on(event.instance_id))
         replans, reason = self._recut.replan(f"{event.instance_id} is gone ({event.reason})", now_s)
@@ -378,13 +433,31 @@ class ControllerState:
         return [], f"{event.request_id} moved {event.kv_bytes} bytes to {event.destination_replica_id}"
 
     def _drained(self, event: Drained) -> tuple[list[Command], str]:
-        """An empty replica ends, unless nobody needs its devices: then it can serve again should its machine stay."""
+        """An empty replica ends, unless nobody needs its devices: then it can serve again should its machines stay."""
         replica = self.replicas.get(event.replica_id)
         told = f"{event.replica_id} is empty"
         if replica is None or replica.state is not ReplicaState.DRAINING or replica.leader_id != event.instance_id:
             return [], told
-        going = [self.instances[instance_id].state is InstanceState.DRAINING for instance_id in replica.instance_ids]
-        return ([] if all(going) else [*self._fleet.drop(replica)]), told
+        machines = [self.instances[instance_id] for instance_id in replica.instance_ids]
+        may_stay = all(each.state is InstanceState.DRAINING and not each.is_returned for each in machines)
+        return ([] if may_stay else [*self._fleet.drop(replica)]), told
+
+    # ------------------------------------------------------------------ the fleet's size
+
+    def _resize(self, now_s: float) -> tuple[list[Command], str]:
+        """Rents what is missing, and returns what is too much."""
+        if self._hedging is None:
+            return [], ""
+        resizing = self._hedging.turn(now_s)
+        commands: list[Command] = [*resizing.launches]
+        for each in resizing.returns:
+            commands += send_back(self._fleet, self.instances[each.instance_id], now_s)
+        if resizing.returns:
+            replans, reason = self._recut.replan(resizing.reason, now_s)
+            commands += replans
+        else:
+            reason = resizing.reason
+        return [*commands, *give_back(self._fleet, now_s)], reason
 
     # ------------------------------------------------------------------ time
 
@@ -395,9 +468,10 @@ class ControllerState:
         for instance in self._fleet.alive():
             if instance.address is not None and now_s >= instance.last_heard_s + SILENCE_S:
                 lost, reason = self._lost(InstanceLost(instance_id=instance.instance_id, reason="silent"), now_s)
-                commands += [Terminate(instance_id=instance.instance_id), Launch(count=1, spot=instance.spot), *lost]
+                commands += [Terminate(instance_id=instance.instance_id), *lost]
+                commands += [Launch(count=1, spot=instance.spot)] if self._hedging is None else []
                 reasons.append(reason)
-            elif instance.notice is not None and now_s >= instance.notice.deadline_s + REVERT_AFTER_S:
+            elif instance.notice is not None and not instance.is_returned and now_s >= instance.notice.deadline_s + REVERT_AFTER_S:
                 self._chooser.hazards.note_spared(instance.instance_id, now_s)
                 self._journal.note_event("undrained", instance.instance_id, now_s)
                 commands += revert(self._fleet, instance, now_s)
@@ -447,6 +521,14 @@ def wanted_shape(reshape: Reshape) -> Shape | None:
     if reshape.pipeline is None or reshape.tensor is None:
         return None
     return Shape(reshape.data, reshape.pipeline, reshape.tensor)
+
+
+def _notice_ends_s(instance: Instance, notice: Notice) -> float:
+    """When a notice did not come true; or, when it is ours, when the machine is given back whatever runs on it. Then nothing is
+    left to do but to hear that it has ended."""
+    if instance.is_given_back:
+        return inf
+    return notice.deadline_s + (0.0 if instance.is_returned else REVERT_AFTER_S)
 
 
 def _is_overdue(replica: Replica, now_s: float) -> bool:

@@ -180,6 +180,15 @@ TERMINATED = "terminated"
 """Reason of an `InstanceLost` that the user wished for."""
 
 
+class LaunchRefused(Message, frozen=True):
+    """The provider does not start machines that were asked for; those of them that had started by then have been told of."""
+
+    count: int
+    spot: bool
+    zone: str | None
+    reason: str
+
+
 class InstanceLost(Message, frozen=True):
     """A machine is gone, with or without a notice before."""
 
@@ -210,7 +219,7 @@ class Tick(Message, frozen=True):
     """Time has passed; sent when a deadline that the state asked for is reached."""
 
 
-CloudEvent: TypeAlias = InstanceLaunched | InstanceLost | NoticeReceived | Reshape | Tick
+CloudEvent: TypeAlias = InstanceLaunched | LaunchRefused | InstanceLost | NoticeReceived | Reshape | Tick
 
 # --------------------------------------------------------------------------- controller -> worker
 
@@ -320,6 +329,10 @@ class Launch(Message, frozen=True):
 
     count: int
     spot: bool
+    zone: str | None = None
+    """Where; None: the provider chooses."""
+    reason: str = ""
+    """For people."""
 
 
 class Terminate(Message, frozen=True):

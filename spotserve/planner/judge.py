@@ -95,5 +95,7 @@ class Judge:
         judged = [(max(1, round(count * min(1.0, _MOST_JUDGED / total))), count) for _, _, count in parts]
         whole_rps = sum(capacity * count for capacity, _, count in parts)
         share = sum(capacity * few for (capacity, _, _), (few, _) in zip(parts, judged, strict=True)) / whole_rps
-        speeds = [speed for (_, speed, _), (few, _) in zip(parts, judged, strict=True) for _ in range(few)]
+        speeds: Counter[ReplicaSpeed] = Counter()
+        for (_, speed, _), (few, _) in zip(parts, judged, strict=True):
+            speeds[speed] += few
         return latency(speeds, replace(self._workload, rate_rps=rate_rps * share))

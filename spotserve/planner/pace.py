@@ -9,6 +9,7 @@ Pure. Knows a replica and lengths; no arrivals, no other replicas.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import sqrt
 
 import numpy as np
@@ -58,6 +59,7 @@ class Pace:
     """Requests per second when all slots are always taken."""
 
 
+@lru_cache(maxsize=512)
 def pace(speed: ReplicaSpeed, requests: Sample) -> Pace:
     """How a replica of this speed does with these requests. A request must take time."""
     slots, slots_std = _slots(speed, requests)

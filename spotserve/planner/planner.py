@@ -13,6 +13,9 @@ from spotserve.core.plan import Parallel, Plan, ReplicaPlan
 
 _PREFIX = "r-"
 
+MANY_NAMES = 32
+"""More replicas than this are not named one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -113,6 +116,14 @@ def number_of(replica_id: str) -> int:
     return int(replica_id.removeprefix(_PREFIX))
 
 
+def listed(replica_ids: Sequence[str]) -> str:
+    """Replicas in a sentence. Nobody reads a thousand names, and decisions are kept: of many, the first and the last, and how
+    many."""
+    if len(replica_ids) <= MANY_NAMES:
+        return ", ".join(replica_ids)
+    return f"{replica_ids[0]} .. {replica_ids[-1]} ({len(replica_ids)} of them)"
+
+
 def _reason(
     num_devices: int,
     num_wanted: int,
@@ -123,8 +134,9 @@ def _reason(
     added: Sequence[ReplicaPlan],
 ) -> str:
     names = {"keep": [each.replica_id for each in kept], "add": [each.replica_id for each in added]}
-    names["drop"] = list(dict.fromkeys(each.replica_id for each in before if each not in kept))
-    told = "; ".join(f"{verb} {', '.join(ids)}" for verb, ids in names.items() if ids)
+    stay = set(kept)
+    names["drop"] = list(dict.fromkeys(each.replica_id for each in before if each not in stay))
+    told = "; ".join(f"{verb} {listed(ids)}" for verb, ids in names.items() if ids)
     num_replicas = len(kept) + len(added)
     fewer = f" of {num_wanted} wanted" if num_replicas < num_wanted else ""
     size = f"(P={shape.pipeline}, M={shape.tensor}, B={shape.max_batch})"

@@ -10,7 +10,7 @@ Pure: same arguments, same answer. About half a millisecond per *different* kind
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf, isclose
 
 import numpy as np
@@ -27,11 +27,14 @@ _PRECISION = 1e-4
 """Of `max_rate_rps`, relative to capacity."""
 
 
-def latency(speeds: Sequence[ReplicaSpeed], workload: Workload, *, shares: Sequence[float] | None = None) -> Latency:
+def latency(
+    speeds: Sequence[ReplicaSpeed] | Mapping[ReplicaSpeed, int], workload: Workload, *, shares: Sequence[float] | None = None
+) -> Latency:
     """What requests meet on these replicas; infinite where some replica gets more than it can serve.
 
     Args:
-        speeds: one per replica, at least one; equal ones are reckoned once.
+        speeds: one per replica, at least one; or, without `shares`, how many replicas there are of each. Equal ones are reckoned
+            once.
         workload: what is asked of all of them together.
         shares: of the requests that each replica gets, at random, whatever it has to do already; they sum to 1. None: the router
             sends each to the replica with the most room (`spotserve.router`), so that they get as much as they can take.
@@ -42,7 +45,12 @@ def latency(speeds: Sequence[ReplicaSpeed], workload: Workload, *, shares: Seque
         alike = [Member(pace(speed, requests), count) for speed, count in Counter(speeds).items()]
         pools = [(1.0, 1.0, sorted(alike, key=lambda member: (member.pace.capacity_rps, member.pace.max_batch)))]
     else:
-        assert len(shares) == len(speeds) and min(shares) >= 0 and isclose(sum(shares), 1.0, rel_tol=1e-6), "shares of the whole"
+        assert (
+            not isinstance(speeds, Mapping)
+            and len(shares) == len(speeds)
+            and min(shares) >= 0
+            and isclose(sum(shares), 1.0, rel_tol=1e-6)
+        ), "shares of the whole"
         apart = Counter(pair for pair in zip(speeds, shares, strict=True) if pair[1] > 0)
         pools = [(share, share * count, [Member(pace(speed, requests), 1)]) for (speed, share), count in apart.items()]
     utilisation = max(share * workload.rate_rps / sum(member.capacity_rps for member in members) for share, _, members in pools)

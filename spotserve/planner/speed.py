@@ -9,6 +9,10 @@ from typing import Protocol
 class ReplicaSpeed(Protocol):
     """One replica, with its stages, shards and hardware. Times are of a replica that is otherwise idle."""
 
+    def __hash__(self) -> int:
+        """Equal speeds are reckoned once."""
+        ...
+
     @property
     def max_batch(self) -> int:
         """Sequences that it runs at once."""

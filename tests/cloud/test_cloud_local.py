@@ -29,6 +29,17 @@ async def test_what_is_launched_is_told_with_zone_market_and_price(tmp_path: Pat
         assert all(map(alive, made.pids.values()))
 
 
+async def test_a_zone_that_is_named_is_the_one(tmp_path: Path) -> None:
+    async with cloud(tmp_path, zones=("x", "y")) as made:
+        await made.cloud.launch(2, spot=True, zone="x")
+        await made.cloud.launch(1, spot=False, zone="y")
+        launched = [event for event in made.said if isinstance(event, InstanceLaunched)]
+        assert [(event.zone, event.spot) for event in launched] == [("x", True), ("x", True), ("y", False)]
+        with pytest.raises(CloudError, match=r"no zone 'z'; known: x, y"):
+            await made.cloud.launch(1, spot=True, zone="z")
+        assert len(made.said) == 3
+
+
 async def test_without_grace_it_is_gone_without_a_word(tmp_path: Path) -> None:
     async with cloud(tmp_path) as made:
         await made.cloud.launch(1, spot=True)

@@ -3,14 +3,17 @@
 from dataclasses import dataclass, field
 
 from model_specs import small_spec
+from msgspec.structs import replace
 
 from spotserve.config import ControllerSettings
+from spotserve.controller.hedging import Place
 from spotserve.controller.proposals import EngineTerms
 from spotserve.controller.state import ControllerState
 from spotserve.core.cluster import DeviceId, InstanceState, Notice, NoticeKind, ReplicaState
 from spotserve.core.cut import EMBEDDING, head_of, stage_cuts, units_held
 from spotserve.core.hardware import InstanceType
 from spotserve.core.messages import (
+    TERMINATED,
     Activate,
     Address,
     Command,
@@ -22,12 +25,15 @@ from spotserve.core.messages import (
     HeldSlot,
     InstanceLaunched,
     InstanceLost,
+    Launch,
+    LaunchRefused,
     NoticeReceived,
     Registered,
     Reshape,
     SequenceReport,
     SlotFailed,
     SlotReady,
+    Terminate,
     Tick,
     Undrain,
 )
@@ -46,6 +52,11 @@ MODEL = small_spec(
     head=(Portion(1, 20), Portion(4, 400)),
     value_bytes=4,
 )
+
+PRICES = {"a": (1.3, 3.9), "b": (1.4, 3.8)}
+"""Of each zone: spot and on demand."""
+
+PLACES = tuple(Place(name, *prices) for name, prices in PRICES.items())
 
 Byte = tuple[int, int, int]
 """Layer, index of the portion, unit: what weights are made of."""
@@ -97,6 +108,8 @@ class Machine:
     idle: dict[int, Activate] = field(default_factory=dict)
     """Weights of the last slot that a device has left, while it has no other."""
     is_gone: bool = False
+    spot: bool = True
+    zone: str = "z"
 
     def up_on(self, device: int) -> list[Slot]:
         return [slot for slot in self.up if self.slots[slot].device_index == device]
@@ -125,8 +138,8 @@ class Machine:
             address=Address("127.0.0.1", 1000 + number),
             pid=number,
             ranks=tuple(rank_of(DeviceId(self.instance_id, index)) for index in range(self.num_devices)),
-            spot=True,
-            zone="z",
+            spot=self.spot,
+            zone=self.zone,
             replicas=tuple(self.slots[slot].replica for slot in sorted(self.up)),
             held=tuple(HeldSlot(each.device_index, each.slot, each.replica.parallel) for each in held),
             model=MODEL if held or self.hardware else None,
@@ -141,8 +154,11 @@ def rank_of(device: DeviceId) -> Address:
 class World:
     """A state with a clock, the machines it commands, and their answers, which arrive when a test says so."""
 
-    def __init__(self, data: int | None = None, pipeline: int = 1, tensor: int = 1, *, max_batch: int = 8) -> None:
-        self.settings = ControllerSettings(data=data, pipeline=pipeline, tensor=tensor)
+    def __init__(
+        self, data: int | None = None, pipeline: int = 1, tensor: int = 1, *, max_batch: int = 8, **settings: object
+    ) -> None:
+        shape = {"data": data, "pipeline": pipeline, "tensor": tensor}
+        self.settings = ControllerSettings.model_validate({**shape, **settings})
         self.max_batch = max_batch
         self.kv_tokens: int | None = None
         self.hardware: InstanceType | None = None
@@ -155,10 +171,16 @@ class World:
         self.broken: set[str] = set()
         """Replicas of which a slot has failed: the other slots will fail, too."""
         self.drains: list[Drain] = []
+        self.asked: list[Launch] = []
+        """What the cloud was asked for and has not answered, one by one."""
+        self.given_back: list[str] = []
+        """Machines that the cloud is to end and has not ended."""
+        self.num_delivered = 0
 
     def begin(self) -> None:
         """A controller that knows nothing yet."""
-        self.state = ControllerState(self.settings, EngineTerms(self.max_batch, kv_tokens=self.kv_tokens, step_tokens=1))
+        terms = EngineTerms(self.max_batch, kv_tokens=self.kv_tokens, step_tokens=1)
+        self.state = ControllerState(self.settings, terms, PLACES)
 
     # ------------------------------------------------------------------ what happens
 
@@ -188,6 +210,45 @@ class World:
         machine = self.machines.setdefault(instance, Machine(instance, devices if its is None else its.num_devices, its))
         machine.slots = {slot: activate for slot, activate in machine.slots.items() if slot in machine.up}
         return self.hear(machine.registered())
+
+    def deliver(self) -> str:
+        """The cloud starts what it was asked for longest ago, and its worker registers; its id."""
+        wish = self.asked.pop(0)
+        self.num_delivered += 1
+        instance = f"i-{100 + self.num_delivered}"
+        assert wish.zone is not None
+        self.machines[instance] = Machine(instance, 1, spot=wish.spot, zone=wish.zone)
+        price = PRICES[wish.zone][0 if wish.spot else 1]
+        self.hear(InstanceLaunched(instance_id=instance, spot=wish.spot, zone=wish.zone, usd_per_hour=price))
+        self.now_s += 1.0
+        self.register(instance)
+        return instance
+
+    def refuse(self) -> list[Command]:
+        """The cloud refuses what it was asked for longest ago."""
+        wish = self.asked.pop(0)
+        return self.hear(LaunchRefused(count=1, spot=wish.spot, zone=wish.zone, reason="no capacity"))
+
+    def end_given_back(self) -> str:
+        """The cloud ends a machine that was given back; its id."""
+        instance = self.given_back.pop(0)
+        if instance in self.machines:
+            self.machines[instance].is_gone = True
+        self.draining = {name: drain for name, drain in self.draining.items() if drain.instance_id != instance}
+        self.hear(InstanceLost(instance_id=instance, reason=TERMINATED))
+        return instance
+
+    def provide_all(self) -> list[str]:
+        """The cloud does everything that it is asked for, and machines all that they are told; ids of what was delivered."""
+        delivered = []
+        while self.asked or self.given_back or self.coming() or self.draining:
+            if self.asked:
+                delivered.append(self.deliver())
+            elif self.given_back:
+                self.end_given_back()
+            else:
+                self.answer_all()
+        return delivered
 
     def serve(self, *instances: str, devices: int = 1) -> list[Command]:
         """Machines join, and bring up what they are told to."""
@@ -328,6 +389,10 @@ class World:
                 self.drains.append(command)
             case Undrain():
                 self.draining.pop(command.replica_id, None)
+            case Launch():
+                self.asked += [replace(command, count=1)] * command.count
+            case Terminate():
+                self.given_back.append(command.instance_id)
 
     def _check_transfers(self, activate: Activate, device: DeviceId) -> None:
         """Every byte that is missing and that somebody has who stays is taken from somebody, once; what would come too late from
@@ -344,7 +409,9 @@ class World:
         reachable = [
             DeviceId(machine.instance_id, index)
             for machine in self.machines.values()
-            if not machine.is_gone and self.state.instances[machine.instance_id].state is InstanceState.READY
+            if not machine.is_gone
+            and machine.instance_id in self.state.instances
+            and self.state.instances[machine.instance_id].state is InstanceState.READY
             for index in range(machine.num_devices)
         ]
         assert not any(missing & self.weights_on(each) for each in reachable if each != device)

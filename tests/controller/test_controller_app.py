@@ -80,7 +80,7 @@ class ScriptedCloud:
         self.pulled.append(("preempt", instance_id, grace_s))
         return 100.0 + grace_s
 
-    async def launch(self, count: int, *, spot: bool) -> Sequence[str]:
+    async def launch(self, count: int, *, spot: bool, zone: str | None = None) -> Sequence[str]:
         if self.full:
             raise CloudError("no capacity")
         self.pulled.append(("launch", count, spot))
@@ -99,7 +99,9 @@ class House:
     def __init__(self) -> None:
         self.cloud, self.metrics, self.clock = ScriptedCloud(), Metrics(), ManualClock(1000.0)
         state = ControllerState(ControllerSettings(), EngineTerms(8))
-        self.controller = Controller(state, Executor(self.cloud), clock=self.clock, metrics=self.metrics)
+        self.controller = Controller(
+            state, Executor(self.cloud, lambda event: self.controller.dispatch(event)), clock=self.clock, metrics=self.metrics
+        )
         hear = self.controller.dispatch
         hear(InstanceLaunched(instance_id="i-1", spot=True, zone="z", usd_per_hour=1.0))
         ranks = (Address("127.0.0.1", 2),)
@@ -254,10 +256,12 @@ async def test_the_keys_of_status_are_an_interface(house: House) -> None:
         "shape",
         "planner",
         "migrations",
+        "hedge",
     ]
     assert status["planner"] == {"planning": "shape", "reason": None, "workload": None, "alternatives": [], "machines": {}} | {
         "reason": status["planner"]["reason"]
     }
+    assert status["hedge"] is None
     (instance,) = status["instances"]
     assert list(instance) == ["id", "state", "pid", "devices", "spot", "zone", "deadline_s"]
     (replica,) = status["replicas"]

@@ -51,10 +51,10 @@ class ScriptedCloud:
         self.wishes: list[object] = []
         self.full = False
 
-    async def launch(self, count: int, *, spot: bool) -> Sequence[str]:
+    async def launch(self, count: int, *, spot: bool, zone: str | None = None) -> Sequence[str]:
         if self.full:
             raise CloudError("no capacity")
-        self.wishes.append((count, spot))
+        self.wishes.append((count, spot, zone))
         return []
 
     async def terminate(self, instance_id: str) -> None:
@@ -69,7 +69,7 @@ class House:
 
     def __init__(self) -> None:
         self.cloud = ScriptedCloud()
-        self.executor = Executor(self.cloud)
+        self.executor = Executor(self.cloud, lambda event: self.controller.dispatch(event))
         self.state = ControllerState(ControllerSettings(), EngineTerms(8))
         self.controller = Controller(self.state, self.executor, clock=ManualClock(1000.0), metrics=Metrics())
         self.port = 0
@@ -157,11 +157,22 @@ async def test_commands_to_those_who_are_gone_are_dropped() -> None:
 
 async def test_wishes_reach_the_cloud_and_a_refusal_ends_nothing() -> None:
     async with house() as made:
-        made.executor.carry_out([Launch(count=2, spot=True), Terminate(instance_id="i-9")])
-        await until(lambda: made.cloud.wishes == [(2, True), "i-9"])
+        made.executor.carry_out([Launch(count=2, spot=True), Launch(count=1, spot=False, zone="a"), Terminate(instance_id="i-9")])
+        await until(lambda: made.cloud.wishes == [(2, True, None), (1, False, "a"), "i-9"])
         made.cloud.full = True
-        made.executor.carry_out([Launch(count=1, spot=True)])
+        made.executor.carry_out([Launch(count=1, spot=True, zone="a")])
         await until(lambda: not made.executor._tasks)
+        (refused,) = [event.detail for event in made.state.events if event.kind == "refused"]
+        assert refused == {"count": 1, "spot": True, "zone": "a", "reason": "no capacity"}
+
+
+async def test_nothing_is_commanded_once_the_end_has_begun() -> None:
+    async with house() as made:
+        made.executor.carry_out([Launch(count=1, spot=True)])
+        await made.executor.close()
+        assert made.cloud.wishes == [(1, True, None)], "what was under way is let finish: somebody has to end it"
+        made.executor.carry_out([Launch(count=1, spot=True)])
+        assert not made.executor._tasks
 
 
 async def test_a_gateway_finds_its_controller_again() -> None:
