@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from spotserve.cloud.local_hardware import LOOPBACK, local_instance_type
 from spotserve.config import EngineSettings, LocalCloudSettings
+from spotserve.core.errors import ModelError
 from spotserve.core.hardware import DeviceType, Link
 from spotserve.engine.measure import measure
 from spotserve.planner.calibration import LinkSample, Sample, fit_device, fit_link, predicted_s
@@ -112,15 +113,14 @@ def _read(end: socket.socket, num_bytes: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(prog="spotserve doctor", description="How fast the planner takes this machine to be")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or float64")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"), help="of weights")
     parser.add_argument("--threads", type=int, default=1, help="compute threads of a device")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parsed = parser.parse_args(arguments)
     try:
-        settings = EngineSettings.model_validate({"dtype": parsed.dtype, "threads": parsed.threads})
-    except ValidationError as error:
-        raise SystemExit(f"error: {error}") from error
-    figures = device_figures(settings)
+        figures = device_figures(EngineSettings.model_validate({"dtype": parsed.dtype, "threads": parsed.threads}))
+    except (ValidationError, ModelError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
     if parsed.json:
         print(msgspec.json.encode(figures).decode())
         return

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from spotserve.cli.plan_inputs import DTYPES
 from spotserve.cli.program import app
+from spotserve.core.errors import ConfigError
 
 
 @app.command()
@@ -21,6 +23,8 @@ def doctor(
     Takes a few seconds. Three constants describe a device: operations per second, bytes per second, and what a decoder layer takes
     however little it computes. Beside each measurement stands what they say of it.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
     command = [sys.executable, "-m", "spotserve.bench.device", "--dtype", dtype, "--threads", str(threads)]
     # A process of its own: the command line does not load torch, and threads are counted when it starts.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

@@ -21,13 +21,18 @@ from spotserve.planner.models import MODELS, named_model
 
 MOST_MACHINES = 20_000
 LIMITS = ("ttft", "tpot", "e2e")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_MOST_DIGITS = 9
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+ReplicaName = Annotated[str, msgspec.Meta(pattern=r"^r-[0-9]{1,9}$")]
 
 
 class PlacedReplica(msgspec.Struct, frozen=True, kw_only=True):
     """One replica in a placement file, as `spotserve plan --json` writes them."""
 
+    id: ReplicaName | None = None
+    """None: named by its place in the file."""
     pipeline: Positive
     tensor: Positive
     batch: Positive = 1
@@ -48,6 +53,8 @@ def read_model(name: str, dtype: str) -> ModelSpec:
     Raises:
         ConfigError: there is none; the message says what is known.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
     if name in MODELS:
         return named_model(name)
     command = [sys.executable, "-m", "spotserve.bench.describe", name, "--dtype", dtype]
@@ -70,18 +77,26 @@ def read_machines(text: str, value_bytes: int) -> list[Machine]:
         kind, _, market = part.strip().partition(":")
         kind, _, zone = kind.partition("@")
         name, _, count = kind.partition("=")
-        if not count.isdecimal() or int(count) < 1 or market not in ("", "spot", "on-demand"):
+        number = _number(count)
+        if number is None or number < 1 or market not in ("", "spot", "on-demand"):
             raise ConfigError(f"--devices {part}: expected TYPE=COUNT[@ZONE][:on-demand], such as g4dn.12xlarge=8@us-east-1a")
-        if len(machines) + int(count) > MOST_MACHINES:
+        if len(machines) + number > MOST_MACHINES:
             raise ConfigError(f"--devices {text}: at most {MOST_MACHINES} machines")
-        hardware = _hardware(name, value_bytes)
         spot = market != "on-demand"
-        price = price_usd_per_hour(name, spot=spot, zone=zone or None)
+        try:
+            hardware = _hardware(name, value_bytes)
+            price = price_usd_per_hour(name, spot=spot, zone=zone or None)
+        except ConfigError as error:
+            raise ConfigError(f"--devices {part}: {error}") from error
         machines += [
-            Machine(f"i-{len(machines) + index + 1}", hardware, price, spot=spot, zone=zone or "zone")
-            for index in range(int(count))
+            Machine(f"i-{len(machines) + index + 1}", hardware, price, spot=spot, zone=zone or "zone") for index in range(number)
         ]
     return machines
+
+
+def _number(text: str) -> int | None:
+    """A count or an index in plain digits; None: it is none."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else None
 
 
 def _hardware(name: str, value_bytes: int) -> InstanceType:
@@ -97,11 +112,13 @@ def read_standing(path: Path, machines: Sequence[Machine], model: ModelSpec) -> 
     """
     try:
         placed = msgspec.json.decode(path.read_bytes(), type=PlacementFile)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"--from {path}: {error}; expected what `spotserve plan --json` prints") from error
     known = {DeviceId(each.instance_id, index) for each in machines for index in range(each.hardware.num_devices)}
+    kinds = {each.instance_id: each.hardware.name for each in machines}
     standing = []
     taken: set[DeviceId] = set()
+    names: set[str] = set()
     for number, each in enumerate(placed.replicas, start=1):
         where = f"--from {path}: replica {number}"
         devices = [_device(text, where) for text in each.devices]
@@ -113,19 +130,26 @@ def read_standing(path: Path, machines: Sequence[Machine], model: ModelSpec) -> 
             raise ConfigError(f"{where}: expected {each.pipeline} x {each.tensor} different devices, found {len(set(devices))}")
         if strange := [device for device in devices if device not in known or device in taken]:
             raise ConfigError(f"{where}: {strange[0].instance_id}/{strange[0].index} is not there, or another replica has it")
+        if len(found := sorted({kinds[device.instance_id] for device in devices})) > 1:
+            raise ConfigError(f"{where}: its devices are on machines of several kinds: {', '.join(found)}")
         taken.update(devices)
-        hardware = next(machine.hardware.name for machine in machines if machine.instance_id == devices[0].instance_id)
+        name = each.id or f"r-{number}"
+        if name in names:
+            raise ConfigError(f"{where}: there is another {name}")
+        names.add(name)
+        hardware = kinds[devices[0].instance_id]
         parallel = Parallel(pipeline=each.pipeline, tensor=each.tensor, max_batch=each.batch, stage_layers=each.stage_layers)
-        replica = ReplicaPlan(replica_id=f"r-{number}", parallel=parallel, instance_type=hardware)
+        replica = ReplicaPlan(replica_id=name, parallel=parallel, instance_type=hardware)
         standing.append(Standing(replica, dict(zip(replica.slots, devices, strict=True))))
     return standing
 
 
 def _device(text: str, where: str) -> DeviceId:
     instance_id, _, index = text.partition("/")
-    if not instance_id or not index.isdecimal():
+    number = _number(index)
+    if not instance_id or number is None:
         raise ConfigError(f"{where}: {text!r} is no device: expected MACHINE/INDEX, such as i-1/0")
-    return DeviceId(instance_id, int(index))
+    return DeviceId(instance_id, number)
 
 
 def read_limits(text: str | None) -> dict[str, float]:
@@ -141,7 +165,7 @@ def read_limits(text: str | None) -> dict[str, float]:
             value = float(seconds)
         except ValueError:
             value = 0.0
-        if name not in LIMITS or not 0 < value < float("inf"):
+        if name not in LIMITS or f"{name}_s" in limits or not 0 < value < float("inf"):
             raise ConfigError(f"--slo {part}: expected {' or '.join(f'{each}=SECONDS' for each in LIMITS)}, with commas between")
         limits[f"{name}_s"] = value
     return limits

@@ -146,8 +146,7 @@ class Proposer:
             max_batch=terms.engine.max_batch,
             refine=partial(self._cut, terms=terms),
         )
-        if not result.candidates:
-            self.losers = tuple(f"{loser.what}: {loser.why}" for loser in result.losers)
+        self.losers = () if result.candidates else tuple(f"{loser.what}: {loser.why}" for loser in result.losers)
         found = [(self._filled(pools, len(fixed), each.choices, terms), each.why) for each in result.candidates]
         return [self._named(choices, staying, terms, why, next_replica_number) for choices, why in found if choices]
 

@@ -13,7 +13,7 @@ from spotserve.controller.changes import Changes
 from spotserve.controller.choosing import Chooser
 from spotserve.controller.fleet import Fleet
 from spotserve.controller.leaving import leave_replaced
-from spotserve.controller.records import Instance, Replica
+from spotserve.controller.records import Replica
 from spotserve.core.cluster import DeviceId, InstanceState, ReplicaState
 from spotserve.core.messages import Command
 from spotserve.core.plan import Parallel, Plan
@@ -62,6 +62,9 @@ class Recut:
 
     def replan(self, cause: str, now_s: float) -> tuple[list[Command], str]:
         """Plans for the devices that are there to stay, and brings up what is missing."""
+        if (waits := self._first_waits(now_s)) is not None:
+            self._postponed = cause
+            return [], f"{cause}; {waits}"
         devices = self._fleet.ready_devices()
         staying = self._staying()
         target = self._target(devices, staying, now_s)
@@ -144,6 +147,13 @@ class Recut:
                 staying.append(replica)
         return staying
 
+    def _first_waits(self, now_s: float) -> str | None:
+        """Why the planner's first plan has to wait: for a fleet that is still coming nothing is searched, since a search for every
+        machine that registers takes a thousand times as long as one for all of them."""
+        if self.wanted is not None or self.plan is not None or all(each.address is not None for each in self._fleet.alive()):
+            return None
+        return self._waits_for_machines(now_s)
+
     def _obstacle(self, target: Plan, num_free: int, now_s: float) -> str | None:
         """Why a plan has to wait; None when it can be carried out."""
         self.retry_s = None
@@ -152,20 +162,20 @@ class Recut:
         num_missing = sum(each.parallel.num_slots for each in target.replicas if each.replica_id not in self._fleet.replicas)
         if num_missing > num_free:
             return "waiting for the devices of replicas that drain"
+        if self.wanted is None or num_missing == 0:
+            return None
+        wanted = (self.wanted.pipeline, self.wanted.tensor)
+        is_makeshift = any((each.parallel.pipeline, each.parallel.tensor) != wanted for each in target.replicas)
+        return self._waits_for_machines(now_s) if is_makeshift else None
+
+    def _waits_for_machines(self, now_s: float) -> str | None:
+        """Whether machines may still come before one makes do with those that are there."""
         alive = self._fleet.alive()
-        if not self._makes_do(target, alive) or num_missing == 0 or any(each.state is InstanceState.DRAINING for each in alive):
+        if any(each.state is InstanceState.DRAINING for each in alive):
             return None
         until_s = [each.launched_s + (PATIENCE_S if each.address is None else TOGETHER_S) for each in alive]
         self.retry_s = min((each for each in until_s if now_s < each), default=None)
         return "waiting for machines that are coming rather than making do with less" if self.retry_s is not None else None
-
-    def _makes_do(self, target: Plan, alive: Sequence[Instance]) -> bool:
-        """Whether a plan is for want of machines that may be coming: another shape than the wanted one; or, where the planner
-        chooses, the first plan of a fleet that is not there yet."""
-        if self.wanted is None:
-            return self.plan is None and any(each.address is None for each in alive)
-        wanted = (self.wanted.pipeline, self.wanted.tensor)
-        return any((each.parallel.pipeline, each.parallel.tensor) != wanted for each in target.replicas)
 
     # ------------------------------------------------------------------ switching
 

@@ -3,14 +3,16 @@
 Machines register, some with replicas that serve already; then some are lost, with a notice or without. What the state commands is
 what a running system would command. There is no second planner, and nothing that runs is touched.
 
-Pure: the clock stands still but for the losses. Does not know how fast anything is carried out; `migration.schedule` tells that of
-the transfers it collects.
+Pure: the clock stands still but for the losses. Does not know how fast anything is carried out; `phases` tells that of the
+transfers it collects.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spotserve.config import ControllerSettings
+from spotserve.controller.bringup import Arrangement
+from spotserve.controller.phases import Phase, phase_of
 from spotserve.controller.proposals import EngineTerms
 from spotserve.controller.state import ControllerState
 from spotserve.core.cluster import DeviceId, Notice
@@ -31,6 +33,7 @@ from spotserve.core.messages import (
 )
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import ReplicaPlan, Slot
+from spotserve.migration.flows import InstanceLinks
 
 START_S = 1.0
 LOSS_S = 10.0
@@ -68,8 +71,12 @@ class Rehearsal:
     """What the last change has devices bring up."""
     earlier: list[Activate] = field(default_factory=list)
     """What changes before that had them bring up."""
+    phases: list[Phase] = field(default_factory=list)
+    """What the last change moves, turn by turn, each from the end of the one before."""
     began_s: float = START_S
     """When the last change began, on the rehearsal's clock."""
+    arranged: list[Arrangement] = field(default_factory=list)
+    """In the turn that is being played."""
 
 
 def rehearse(
@@ -89,55 +96,92 @@ def rehearse(
         InstanceLaunched(instance_id=each.instance_id, spot=each.spot, zone=each.zone, usd_per_hour=each.usd_per_hour)
         for each in machines
     ]
-    _play(rehearsal, model, launched, now_s=0.0)
-    _play(rehearsal, model, (_registered(number, each, model, standing) for number, each in enumerate(machines)), now_s=START_S)
+    cast = _Cast(rehearsal, model, {each.instance_id: _links(each.hardware) for each in machines})
+    cast.play(launched, now_s=0.0)
+    cast.play((_registered(number, each, model, standing) for number, each in enumerate(machines)), now_s=START_S)
     if lose:
         rehearsal.before = {
             replica_id: Standing(replica.plan, dict(replica.devices)) for replica_id, replica in state.replicas.items()
         }
-        rehearsal.earlier, rehearsal.activations, rehearsal.began_s = rehearsal.activations, [], LOSS_S
+        rehearsal.earlier, rehearsal.activations, rehearsal.phases = rehearsal.activations, [], []
+        rehearsal.began_s = LOSS_S
         events: list[Event] = [InstanceLost(instance_id=each, reason="rehearsal") for each in lose]
+        cast.deadlines_s = dict.fromkeys(lose, LOSS_S + grace_s)
         if grace_s > 0:
             notices = (Notice(instance_id=each, deadline_s=LOSS_S + grace_s, source="rehearsal") for each in lose)
             events = [*(NoticeReceived(notice=notice) for notice in notices), *events]
-        _play(rehearsal, model, events, now_s=LOSS_S)
+        cast.play(events, now_s=LOSS_S)
     return rehearsal
 
 
-def _play(rehearsal: Rehearsal, model: ModelSpec, events: Iterable[Event], *, now_s: float) -> None:
-    """Tells the state what happens; when all of it has happened, machines answer what was commanded, and so on."""
-    answers = [answer for event in events for answer in _tell(rehearsal, model, event, now_s)]
-    for _ in range(_MOST_TURNS):
-        if not answers:
-            return
-        answers = [answer for event in answers for answer in _tell(rehearsal, model, event, now_s)]
-    raise AssertionError("the state never comes to rest")
+def _links(hardware: InstanceType) -> InstanceLinks:
+    return InstanceLinks(hardware.network, hardware.device_link)
 
 
-def _tell(rehearsal: Rehearsal, model: ModelSpec, event: Event, now_s: float) -> list[Event]:
-    commands = rehearsal.state.handle(event, now_s)
-    return [answer for command in commands for answer in _obey(rehearsal, model, command)]
+@dataclass(slots=True)
+class _Cast:
+    """The state of a rehearsal and the machines that answer it."""
 
+    rehearsal: Rehearsal
+    model: ModelSpec
+    links: Mapping[str, InstanceLinks]
+    deadlines_s: Mapping[str, float] = field(default_factory=dict)
 
-def _obey(rehearsal: Rehearsal, model: ModelSpec, command: Command) -> list[Event]:
-    match command:
-        case Activate():
-            rehearsal.activations.append(command)
-            return [
-                SlotReady(
-                    instance_id=command.instance_id,
-                    device_index=command.device_index,
-                    slot=command.slot,
-                    plan_epoch=command.plan_epoch,
-                    model=model,
-                    pulled_bytes=sum(transfer.num_bytes for transfer in command.transfers),
-                    invariant="batch",
+    def play(self, events: Iterable[Event], *, now_s: float) -> None:
+        """Tells the state what happens; when all of it has happened, machines answer what was commanded, and so on."""
+        answers = self._turn(events, now_s)
+        for _ in range(_MOST_TURNS):
+            if not answers:
+                return
+            answers = self._turn(answers, now_s)
+        raise AssertionError("the state never comes to rest")
+
+    def _turn(self, events: Iterable[Event], now_s: float) -> list[Event]:
+        answers = [answer for event in events for answer in self._tell(event, now_s)]
+        if arranged := self.rehearsal.arranged:
+            phases, replicas = self.rehearsal.phases, self.rehearsal.state.replicas
+            start_s = max((each.start_s + each.schedule.makespan_s for each in phases), default=self.rehearsal.began_s)
+            shapes = {replica_id: replica.plan.parallel for replica_id, replica in replicas.items()}
+            phases.append(
+                phase_of(
+                    self.model,
+                    arranged,
+                    shapes,
+                    links=self.links,
+                    made_s=now_s,
+                    start_s=start_s,
+                    deadlines_s=self.deadlines_s,
                 )
-            ]
-        case Drain():
-            return [Drained(instance_id=command.instance_id, replica_id=command.replica_id)]
-        case _:
-            return []
+            )
+            self.rehearsal.arranged = []
+        return answers
+
+    def _tell(self, event: Event, now_s: float) -> list[Event]:
+        state, before = self.rehearsal.state, self.rehearsal.state.arrangement
+        commands = state.handle(event, now_s)
+        if state.arrangement is not None and state.arrangement is not before:
+            self.rehearsal.arranged.append(state.arrangement)
+        return [answer for command in commands for answer in self._obey(command)]
+
+    def _obey(self, command: Command) -> list[Event]:
+        match command:
+            case Activate():
+                self.rehearsal.activations.append(command)
+                return [
+                    SlotReady(
+                        instance_id=command.instance_id,
+                        device_index=command.device_index,
+                        slot=command.slot,
+                        plan_epoch=command.plan_epoch,
+                        model=self.model,
+                        pulled_bytes=sum(transfer.num_bytes for transfer in command.transfers),
+                        invariant="batch",
+                    )
+                ]
+            case Drain():
+                return [Drained(instance_id=command.instance_id, replica_id=command.replica_id)]
+            case _:
+                return []
 
 
 def _registered(number: int, machine: Machine, model: ModelSpec, standing: Sequence[Standing]) -> Registered:
