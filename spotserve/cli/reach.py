@@ -67,8 +67,17 @@ def _call(method: str, url: str, path: str, body: dict[str, object] | None) -> A
     except httpx.HTTPError as error:
         raise SpotServeError(f"no system answers at {url}: {error}; start one with `spotserve up`") from error
     if answer.is_error:
-        raise SpotServeError(f"{url}{path} answered {answer.status_code}: {answer.text}")
+        raise SpotServeError(f"{url}{path} answered {answer.status_code}: {_detail(answer)}")
     try:
         return answer.json()
     except ValueError as error:
         raise SpotServeError(f"{url}{path} did not answer with JSON: is that a SpotServe system?") from error
+
+
+def _detail(answer: httpx.Response) -> str:
+    """What an error says: the sentence in it, if there is one."""
+    try:
+        detail = answer.json()["detail"]
+    except (ValueError, KeyError, TypeError):
+        return answer.text
+    return detail if isinstance(detail, str) else answer.text

@@ -131,7 +131,7 @@ class Chooser:
         if fixed and not self._use_idle:
             base, others = propose((), fixed=fixed, most=1)[0], [grown, *others]
         if not base.replicas and not others:
-            return "; ".join(self.losers) or "there are no machines"
+            return f"nothing can be planned: {'; '.join(self.losers) or 'there are no machines'}"
         chosen, reason = self._weigh(base, others, now_s)
         if current is not None and chosen.replicas == current.replicas:
             return current
@@ -152,6 +152,8 @@ class Chooser:
         tempting = [each for each in others if self._better(base, [each], risk)[0] is not base]
         weighed = [self._with_change(each, now_s) for each in tempting]
         chosen, reason = self._better(base, weighed, risk)
+        if not base.replicas:
+            reason = f"{chosen.name}: {chosen.why}"
         told = {each.name: Alternative(each, False, each.why) for each in others}
         told |= {each.name: Alternative(each, False, f"does not pay what the change costs; {each.why}") for each in weighed}
         if chosen is not base and base.replicas:

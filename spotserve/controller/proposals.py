@@ -23,6 +23,7 @@ from spotserve.planner.fleets import Choice, Pool, alike
 from spotserve.planner.memory import STEP_TOKENS
 from spotserve.planner.outlook import Footprint
 from spotserve.planner.queueing import latency, max_rate_rps
+from spotserve.planner.ranking import NEAR
 from spotserve.planner.search import search
 from spotserve.planner.shapes import SpeedOf
 from spotserve.planner.speed import ReplicaSpeed
@@ -153,7 +154,8 @@ class Proposer:
     # ------------------------------------------------------------------ finding
 
     def _filled(self, pools: Sequence[Pool], num_fixed: int, choices: tuple[Choice, ...], terms: Terms) -> tuple[Choice, ...]:
-        """The same with something to do for devices that would idle: as much as they can serve."""
+        """The same with something to do for devices that would idle: as much as they can serve, or else more of the same; nothing
+        where requests are better off without."""
         used = dict.fromkeys((pool.kind for pool in pools), 0)
         for choice in choices[num_fixed:]:
             used[choice.pool.kind] += choice.parallel.num_slots
@@ -161,17 +163,25 @@ class Proposer:
         idle = [pool for pool in rest if pool.num_devices > 0]
         if not idle or not terms.use_idle:
             return choices
-        everything = replace(terms, workload=replace(terms.workload, rate_rps=ENDLESS_RPS), objective=Objective())
+        before_s = latency([each.speed for each in choices], terms.workload).e2e_p99_s if choices else inf
+        for further in (self._most(idle, terms), _alike(idle, choices)):
+            filled = (*choices, *further)
+            if further and latency([each.speed for each in filled], terms.workload).e2e_p99_s <= NEAR * before_s:
+                return filled
+        return choices
+
+    def _most(self, pools: Sequence[Pool], terms: Terms) -> tuple[Choice, ...]:
+        """What serves most on these devices."""
         found = search(
             self._fleet.model,
-            idle,
-            everything.workload,
-            everything.objective,
+            pools,
+            replace(terms.workload, rate_rps=ENDLESS_RPS),
+            Objective(),
             speed_of=lambda parallel, hardware: self._speed_of(parallel, hardware, terms),
             max_candidates=1,
             max_batch=terms.engine.max_batch,
         ).candidates
-        return (*choices, *found[0].choices) if found else choices
+        return found[0].choices if found else ()
 
     def _speed_of(self, parallel: Parallel, hardware: InstanceType, terms: Terms) -> ReplicaSpeed | str:
         """How fast a shape is, or why it cannot be: too little memory, or it was tried and failed."""
@@ -262,6 +272,18 @@ class Proposer:
             first = self._fleet.instances[replica.instance_ids[0]]
             found.setdefault((mine.pipeline, mine.tensor, *kind_of(first)), deque()).append(replica)
         return found
+
+
+def _alike(pools: Sequence[Pool], choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """More of what there is on machines of the same kind, the largest that fits first."""
+    found: list[Choice] = []
+    for pool in pools:
+        free = pool.num_devices
+        known = {each.parallel: each for each in choices if each.pool.kind == pool.kind}
+        for parallel in sorted(known, key=lambda each: -each.num_slots):
+            count, free = divmod(free, parallel.num_slots)
+            found += [known[parallel]] * count
+    return tuple(found)
 
 
 class _Free:
