@@ -67,15 +67,19 @@ def arrange(fleet: Fleet, planned: Sequence[ReplicaPlan], devices: Sequence[Devi
 
 def _in_order(sourced: Mapping[Flow, Sourced], timed: Schedule, fleet: Fleet) -> dict[DeviceId, tuple[WeightTransfer, ...]]:
     """What each device takes, layer by layer as they are scheduled. The parts of one layer keep the order in which their sources
-    were chosen: a device takes from each what it still lacks, and that is what was counted."""
+    were chosen: a device takes from each what it still lacks, and that is what was counted. So where a part comes too late those
+    after it, which are last copies as well, are read from files with it."""
     first_s: dict[tuple[DeviceId, int], float] = {}
     for each in timed.timed:
         layer = each.flow.destination, sourced[each.flow].layer
         first_s[layer] = min(each.start_s, first_s.get(layer, each.start_s))
     sent = {each.flow for each in timed.timed}
     transfers: dict[DeviceId, list[WeightTransfer]] = {}
+    late: set[tuple[DeviceId, int]] = set()
     for flow, taken in sorted(sourced.items(), key=lambda item: first_s.get((item[1].device, item[1].layer), inf)):
-        if flow in sent:
+        if flow not in sent:
+            late.add((taken.device, taken.layer))
+        elif (taken.device, taken.layer) not in late:
             transfer = WeightTransfer(taken.layer, taken.source, fleet.rank_of(taken.source), taken.num_bytes)
             transfers.setdefault(taken.device, []).append(transfer)
     return {device: tuple(listed) for device, listed in transfers.items()}
