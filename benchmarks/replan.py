@@ -63,7 +63,7 @@ from spotserve.planner.workload import Lengths, Objective, Workload
 
 SIZES = (16, 64, 250, 1000, 4000, 10_000)
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128
-STEP_S = 1.0
+STEP_S = 0.1
 GRACE_S = 120.0
 ENGINE = EngineTerms(max_batch=32)
 

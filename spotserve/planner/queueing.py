@@ -45,7 +45,12 @@ def latency(
         alike = [Member(pace(speed, requests), count) for speed, count in Counter(speeds).items()]
         pools = [(1.0, 1.0, sorted(alike, key=lambda member: (member.pace.capacity_rps, member.pace.max_batch)))]
     else:
-        assert not isinstance(speeds, Mapping) and len(shares) == len(speeds) and min(shares) >= 0 and isclose(sum(shares), 1.0, rel_tol=1e-6), "shares of the whole"
+        assert (
+            not isinstance(speeds, Mapping)
+            and len(shares) == len(speeds)
+            and min(shares) >= 0
+            and isclose(sum(shares), 1.0, rel_tol=1e-6)
+        ), "shares of the whole"
         apart = Counter(pair for pair in zip(speeds, shares, strict=True) if pair[1] > 0)
         pools = [(share, share * count, [Member(pace(speed, requests), 1)]) for (speed, share), count in apart.items()]
     utilisation = max(share * workload.rate_rps / sum(member.capacity_rps for member in members) for share, _, members in pools)
