@@ -261,7 +261,8 @@ class Run:
     def _urgency(self, lane: _Lane) -> tuple[tuple[bool, tuple[int, int]], float, float, int]:
         """The smallest first: importance, then the port with the most left to do, then the longest."""
         job = lane.waiting[-1]
-        return job.importance, -max(self._left_s[port] for port in lane.ports), -job.seconds, lane.number
+        sending_s, receiving_s = self._left_s[lane.ports[0]], self._left_s[lane.ports[1]]
+        return job.importance, -max(sending_s, receiving_s), -job.seconds, lane.number
 
     def _next_of(self, lane: _Lane, blocked: set[DeviceId]) -> _Job | None:
         """The flow of a lane that may begin; None: it has to wait."""

@@ -171,7 +171,7 @@ class _Tried:
         order = self.ranking.ranked(verdicts)
         mixed = [verdict for verdict in order if len({shape for _, shape, _ in verdict.fleet}) > 1]
         found = []
-        for verdict in dict.fromkeys((*order[:1], *mixed[:1])):
+        for verdict in dict.fromkeys(verdict for verdict in (*order[:1], *mixed[:1]) if verdict.fleet):
             tuned = self._tuned(verdict)
             found.append([*tuned, *self._solved(sorted({shape for _, shape, _ in tuned[-1].fleet}))])
         return found
