@@ -8,7 +8,7 @@ Times are those of `ControllerState.handle` from the event to the commands: what
 placing, choosing sources, scheduling, the routing table, the journal. A fleet of so many `--instance` serves, every leader with
 `--sequences` sequences, and is asked for `--load` of what it can serve. Then, `--rounds` times and every time to other machines:
 two losses without notice (the first leaves devices without use, so that the second has something to bring up), a notice that comes
-true, three machines that join, a look at the whole fleet when
+true, three machines that join, `--at-once` that join together and are lost again, a look at the whole fleet when
 nothing has happened for a while, and a heartbeat. Between two events all that was commanded is done.
 
 The table has the median and the largest processor time of one process, and the median of the wall. `--profile` prints where the
@@ -63,7 +63,7 @@ from spotserve.planner.workload import Lengths, Objective, Workload
 
 SIZES = (16, 64, 250, 1000, 4000, 10_000)
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128
-STEP_S = 1.0
+STEP_S = 0.1
 GRACE_S = 120.0
 ENGINE = EngineTerms(max_batch=32)
 
@@ -82,15 +82,16 @@ class Bench:
     def __init__(self, args: argparse.Namespace, num_instances: int) -> None:
         self.model, self.hardware = named_model(args.model), instance_type(args.instance)
         self.usd_per_hour = price_usd_per_hour(args.instance, spot=True)
-        self.sequences, self.profiled = args.sequences, args.profile
+        self.sequences, self.at_once, self.profiled = args.sequences, args.at_once, args.profile
         self.zones, self.now_s, self.numbers = args.zones, 0.0, count()
         self.times: dict[str, Times] = {}
         self.profile = cProfile.Profile()
-        shapes, rate_rps = best_shapes(self.model, self.hardware, self.usd_per_hour, num_instances, args.load)
+        objective = Objective(ttft_s=args.ttft, tpot_s=args.tpot)
+        shapes, most_rps = best_shapes(self.model, self.hardware, self.usd_per_hour, num_instances, objective)
         limits = {"ttft_s": args.ttft, "tpot_s": args.tpot, "prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS}
         fixed = {"pipeline": shapes[0].pipeline, "tensor": shapes[0].tensor}
         shape = fixed if args.planning == "shape" else {}
-        settings = {"planning": args.planning, "rate_rps": rate_rps, **limits, **shape}
+        settings = {"planning": args.planning, "rate_rps": args.load * most_rps, **limits, **shape}
         self.state = ControllerState(ControllerSettings.model_validate(settings), ENGINE)
         self._stand(num_instances, shapes)
 
@@ -215,12 +216,20 @@ class Bench:
         self.obey(self.hear(NoticeReceived(notice=notice), "notice"))
         self.obey(self.hear(InstanceLost(instance_id=victim, reason="preempted"), "loss after notice"))
 
-    def join(self) -> None:
+    def join(self, kind: str = "join") -> None:
         """A machine that has nothing registers."""
         number = next(self.numbers)
         instance_id, zone = f"i-{number:06}", f"zone-{number % self.zones}"
         self.obey(self.hear(InstanceLaunched(instance_id=instance_id, spot=True, zone=zone, usd_per_hour=self.usd_per_hour), None))
-        self.obey(self.hear(self._registered(instance_id, zone), "join"))
+        self.obey(self.hear(self._registered(instance_id, zone), kind))
+
+    def join_together(self) -> None:
+        """So many machines have come before anything could be planned for them; the same number is then lost."""
+        for _ in range(self.at_once - 1):
+            self._launched()
+        self.join(f"{self.at_once} join")
+        for _ in range(self.at_once):
+            self.obey(self.hear(InstanceLost(instance_id=self.victim(), reason="preempted"), None))
 
     def look(self) -> None:
         """At the whole fleet."""
@@ -234,25 +243,25 @@ class Bench:
 
 
 def best_shapes(
-    model: ModelSpec, hardware: InstanceType, usd_per_hour: float, num_instances: int, load: float
+    model: ModelSpec, hardware: InstanceType, usd_per_hour: float, num_instances: int, limits: Objective
 ) -> tuple[list[Parallel], float]:
-    """Shapes of the replicas that serve the most on so many machines, and a part of what they serve, in requests per second."""
+    """Shapes of the replicas that serve the most on so many machines, and how much that is, in requests per second."""
     pools = [Pool(hardware, num_instances * hardware.num_devices, usd_per_hour)]
     workload = Workload(1e9, Lengths.fixed(PROMPT_TOKENS), Lengths.fixed(OUTPUT_TOKENS))
 
     def speed_of(parallel: Parallel, hardware: InstanceType) -> Any:
         return replica_cost(model, parallel, hardware, ENGINE.step_tokens)
 
-    found = search(model, pools, workload, Objective(), speed_of=speed_of, max_candidates=1, max_batch=ENGINE.max_batch)
+    found = search(model, pools, workload, limits, speed_of=speed_of, max_candidates=1, max_batch=ENGINE.max_batch)
     best = found.candidates[0]
-    return [choice.parallel for choice in best.choices], load * best.throughput_rps
+    return [choice.parallel for choice in best.choices], best.goodput_rps
 
 
 def measured(args: argparse.Namespace, num_instances: int) -> list[dict[str, Any]]:
     """One size: a row for each kind of event."""
     bench = Bench(args, num_instances)
     happenings: list[Callable[[], None]] = [bench.lose, bench.lose, bench.notice, bench.join, bench.join, bench.join]
-    happenings += [bench.look, bench.heartbeat]
+    happenings += [bench.join_together, bench.look, bench.heartbeat]
     for happening in happenings:  # once, not counted: caches are warm in a controller that runs
         happening()
     bench.times.clear()
@@ -296,6 +305,7 @@ def main() -> None:
     parser.add_argument("--planning", choices=["auto", "shape"], default="auto")
     parser.add_argument("--load", type=float, default=0.85, help="of what the fleet serves at most")
     parser.add_argument("--sequences", type=int, default=8, help="of every leader")
+    parser.add_argument("--at-once", type=int, default=10, help="machines that join together")
     parser.add_argument("--ttft", type=float, default=None, help="limit at the 99th percentile, seconds")
     parser.add_argument("--tpot", type=float, default=None, help="the same between two tokens")
     parser.add_argument("--rounds", type=int, default=5)

@@ -6,7 +6,7 @@ anew has to earn what the change costs (`planner.outlook`). Devices that idle ot
 are paid for. With `use_idle` off growing has to pay as well, and machines on which nothing runs can be returned.
 
 A large fleet reacts to an event by growing, which costs the same whatever its size, and is looked at as a whole when it has been
-quiet for a while.
+quiet for a while; one that serves too little also in between, but not at every event.
 
 Owner of what is learned of the fleet for planning. Knows no commands.
 """
@@ -83,6 +83,8 @@ class Chooser:
         """Plans that were weighed last, the chosen one first."""
         self.terms: Terms | None = None
         """What the last plan was made for."""
+        self._looked_s = -inf
+        """When the fleet was last looked at as a whole."""
         self.look_s: float | None = None
         """When the fleet is to be looked at as a whole again; None: nothing was planned yet."""
 
@@ -126,8 +128,10 @@ class Chooser:
         found = propose(offer.free, fixed=fixed, most=1)
         base = grown = found[0] if found else Proposal()
         others: list[Proposal] = []
-        if is_look or offer.num_devices <= AT_ONCE_DEVICES or grown.throughput_rps <= terms.workload.rate_rps:
+        is_short = grown.throughput_rps <= terms.workload.rate_rps and (not grown.replicas or now_s >= self._looked_s + QUIET_S)
+        if is_look or offer.num_devices <= AT_ONCE_DEVICES or is_short:
             others = propose(offer.all, most=ANEW_WEIGHED)
+            self._looked_s = now_s
         if fixed and not self._use_idle:
             base, others = propose((), fixed=fixed, most=1)[0], [grown, *others]
         if not base.replicas and not others:

@@ -23,13 +23,13 @@ from spotserve.core.cut import units_held
 from spotserve.core.messages import Address, HeldSlot, WeightTransfer
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel, Slot
-from spotserve.migration.scores import Ints
+from spotserve.migration.scores import Floats, Ints
 from spotserve.migration.slices import Pieces, count, layers_held, minus, portions_of, unit_bytes
 
 _ROUNDS = 4
 """Of choosing again, at most: a bound on the time that it takes."""
 
-_Units: TypeAlias = dict[int, Pieces]
+_Units: TypeAlias = tuple[tuple[int, Pieces], ...]
 """Units of one layer, by class."""
 _Kind: TypeAlias = tuple[tuple[int, int], ...]
 """All that says what a device has of a layer: shards and which shard, of each of its slots that have the layer."""
@@ -107,7 +107,8 @@ def choose_sources(
     """The same, as scheduling wants to know it; `sources` are what can be reached of `held`."""
     stock = _Stock(model, sources)
     lacks = [lack for device in sorted(wanted) for lack in _lacks(stock, device, wanted[device], held)]
-    ports = _Ports(stock.devices, network_bytes_per_s or {}, dying)
+    most_taken = sum(len(stock.kinds(lack.layer)) for lack in lacks)
+    ports = _Ports(stock.devices, network_bytes_per_s or {}, dying, most_taken)
     taken: dict[int, tuple[_Taken, ...]] = {}
     largest_first = sorted(range(len(lacks)), key=lambda index: (-lacks[index].num_bytes, index))
     for index in largest_first:
@@ -152,8 +153,8 @@ def _choose(stock: "_Stock", lack: _Lack, ports: "_Ports") -> tuple[_Taken, ...]
     """Source after source for one layer of one device: from who stays before who goes, from the same instance before others,
     then from whose port is free first."""
     missing, taken = lack.missing, []
-    kinds = dict(stock.layers[lack.layer])
-    while any(missing.values()):
+    kinds = dict(stock.kinds(lack.layer))
+    while any(pieces for _, pieces in missing):
         gains = {kind: stock.gain(lack.layer, missing, kind) for kind in kinds}
         offers = [(*ports.best(kinds[kind], lack.device, gains[kind]), kind) for kind in kinds if gains[kind] > 0]
         if not offers:
@@ -170,6 +171,9 @@ def _improves(stock: "_Stock", lack: _Lack, index: int, taken: dict[int, tuple[_
     before = taken[index]
     ports.add(lack.device, before, sign=-1)
     after = _choose(stock, lack, ports)
+    if after == before:
+        ports.add(lack.device, before)
+        return False
     sources = {each.source for each in (*before, *after)}
     is_better = ports.busy_with(lack.device, after, sources) < ports.busy_with(lack.device, before, sources)
     taken[index] = after if is_better else before
@@ -180,7 +184,9 @@ def _improves(stock: "_Stock", lack: _Lack, index: int, taken: dict[int, tuple[_
 class _Ports:
     """How long ports are busy with what has been chosen so far: what instances send, and devices to their neighbours."""
 
-    def __init__(self, devices: Sequence[DeviceId], network_bytes_per_s: Mapping[str, float], dying: Collection[str]) -> None:
+    def __init__(
+        self, devices: Sequence[DeviceId], network_bytes_per_s: Mapping[str, float], dying: Collection[str], most_taken: int
+    ) -> None:
         self._usual = min(network_bytes_per_s.values(), default=1.0)
         self._speeds = network_bytes_per_s
         instances = {instance_id: place for place, instance_id in enumerate(sorted({each.instance_id for each in devices}))}
@@ -189,27 +195,51 @@ class _Ports:
         self._instance = np.array([instances[each.instance_id] for each in devices], dtype=np.int64)
         self._speed = np.array([network_bytes_per_s.get(each, self._usual) for each in instances])
         self._dying = np.array([each in dying for each in instances], dtype=np.bool_)
+        self._most_taken = most_taken
         self._sending = np.zeros(len(instances))
         """Seconds over the network, by instance."""
         self._inside = np.zeros(len(devices))
         """Bytes inside its instance, by device."""
         self._given = np.zeros(len(devices))
+        self._offers: dict[_Alike, _Offer] = {}
 
-    def best(self, sources: Ints, device: DeviceId, num_bytes: int) -> tuple[tuple[bool, bool, float, float], int]:
+    def best(self, alike: "_Alike", device: DeviceId, num_bytes: int) -> tuple[tuple[bool, bool, float, float], int]:
         """Of devices that have the same, the one to take `num_bytes` from and how good it is, the smallest first: whether it goes,
         whether bytes cross the network, when all would have been sent, what the source has given."""
-        staying = sources[~self._dying[self._instance[sources]]]
-        sources = staying if len(staying) else sources
-        near = sources[self._instance[sources] == self._instances.get(device.instance_id, -1)]
-        if len(near):
+        offer = self._offers.get(alike) or self._offer(alike)
+        near = offer.near.get(self._instances.get(device.instance_id, -1))
+        if near is not None:
             busy, some = self._inside[near] + num_bytes, near
         else:
-            speed = np.minimum(self._speed[self._instance[sources]], self._speeds.get(device.instance_id, self._usual))
-            busy, some = self._sending[self._instance[sources]] + num_bytes / speed, sources
+            key = self._speeds.get(device.instance_id, self._usual), num_bytes
+            if key not in offer.seconds:
+                offer.seconds[key] = num_bytes / np.minimum(self._speed[offer.instances], key[0])
+            busy, some = self._sending[offer.instances] + offer.seconds[key], offer.sources
         soonest_s = busy.min()
         some = some[busy == soonest_s]
         source = int(some[self._given[some].argmin()])
-        return (not len(staying), not len(near), float(soonest_s), float(self._given[source])), source
+        return (offer.is_dying, near is None, float(soonest_s), float(self._given[source])), source
+
+    def _offer(self, alike: "_Alike") -> "_Offer":
+        staying = alike.places[~self._dying[self._instance[alike.places]]]
+        sources = staying if len(staying) else alike.places
+        instances = self._instance[sources]
+        order = np.argsort(instances, kind="stable")
+        starts = np.flatnonzero(np.diff(instances[order], prepend=-1))
+        near = dict(zip(instances[order][starts].tolist(), np.split(sources[order], starts[1:]), strict=True))
+        few = self._few(sources)
+        self._offers[alike] = _Offer(not len(staying), near, few, self._instance[few], {})
+        return self._offers[alike]
+
+    def _few(self, sources: Ints) -> Ints:
+        """Those that can be the best over the network. Instances that have sent nothing yet are equally good if they are equally
+        fast, and the first of them is taken; so of each speed no more can matter than there are transfers, and one."""
+        instances = np.unique(self._instance[sources])
+        if len(instances) <= self._most_taken:
+            return sources
+        chosen = [instances[self._speed[instances] == speed][: self._most_taken + 1] for speed in np.unique(self._speed[instances])]
+        few: Ints = sources[np.isin(self._instance[sources], np.concatenate(chosen))]
+        return few
 
     def add(self, device: DeviceId, taken: Sequence[_Taken], *, sign: int = 1) -> None:
         """Notes transfers to `device`, or with `sign` -1 that they are not made."""
@@ -235,58 +265,107 @@ class _Ports:
         return sorted(busy, reverse=True)
 
 
+class _Alike:
+    """Devices that have the same of a layer. Equal only to itself."""
+
+    def __init__(self, places: Ints) -> None:
+        self.places = places
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """Of devices that have the same, those that are asked."""
+
+    is_dying: bool
+    """Whether all of them will be taken."""
+    near: Mapping[int, Ints]
+    """By instance."""
+    sources: Ints
+    """For who is on another instance."""
+    instances: Ints
+    """Theirs."""
+    seconds: dict[tuple[float, int], Floats]
+    """By the receiver's speed and the bytes, how long each would send."""
+
+
 class _Stock:
     """Who has what of each layer. Devices that have the same of a layer are of one kind, and bytes are counted once for a kind."""
 
     def __init__(self, model: ModelSpec, sources: Mapping[DeviceId, Sequence[HeldSlot]]) -> None:
         self.model = model
         self.devices = sorted(sources)
-        alike: dict[tuple[tuple[Parallel, int, int], ...], list[int]] = {}
+        shapes: dict[Parallel, int] = {}
+        groups: dict[tuple[tuple[int, int, int], ...], list[int]] = {}
         for place, device in enumerate(self.devices):
-            parts = tuple((each.parallel, each.slot.stage, each.slot.shard) for each in sources[device])
-            alike.setdefault(parts, []).append(place)
-        found: dict[int, dict[_Kind, list[int]]] = {}
-        for places in alike.values():
-            slots = sources[self.devices[places[0]]]
-            for layer in sorted({layer for each in slots for layer in layers_held(model, each.parallel, each.slot.stage)}):
-                found.setdefault(layer, {}).setdefault(_kind(model, slots, layer), []).extend(places)
-        self.layers: dict[int, dict[_Kind, Ints]] = {
-            layer: {kind: np.array(sorted(places), dtype=np.int64) for kind, places in kinds.items()}
-            for layer, kinds in found.items()
-        }
-        self._classes = {layer: unit_bytes(portions_of(model, layer)) for layer in found}
-        self._known: dict[tuple[tuple[tuple[int, Pieces], ...], _Kind], _Units] = {}
+            parts = [(shapes.setdefault(each.parallel, len(shapes)), each.slot.stage, each.slot.shard) for each in sources[device]]
+            groups.setdefault(tuple(parts), []).append(place)
+        self._groups = [(sources[self.devices[places[0]]], places) for places in groups.values()]
+        self._layers: dict[int, dict[_Kind, _Alike]] = {}
+        self._alike: dict[tuple[int, ...], _Alike] = {}
+        self._classes: dict[int, Mapping[int, int]] = {}
+        self._known: dict[tuple[_Units, _Kind], _Units] = {}
+        self._gains: dict[tuple[int, _Units, _Kind], int] = {}
+
+    def kinds(self, layer: int) -> Mapping[_Kind, _Alike]:
+        """Who has something of a layer."""
+        if layer not in self._layers:
+            found: dict[_Kind, list[int]] = {}
+            for number, (slots, _) in enumerate(self._groups):
+                if kind := _kind(self.model, slots, layer):
+                    found.setdefault(kind, []).append(number)
+            self._layers[layer] = {kind: self._of_groups(tuple(numbers)) for kind, numbers in found.items()}
+        return self._layers[layer]
+
+    def _of_groups(self, numbers: tuple[int, ...]) -> _Alike:
+        if numbers not in self._alike:
+            places = sorted(place for number in numbers for place in self._groups[number][1])
+            self._alike[numbers] = _Alike(np.array(places, dtype=np.int64))
+        return self._alike[numbers]
+
+    def _classes_of(self, layer: int) -> Mapping[int, int]:
+        """See `slices.unit_bytes`."""
+        its = self._like(layer)
+        if its not in self._classes:
+            self._classes[its] = unit_bytes(portions_of(self.model, its))
+        return self._classes[its]
+
+    def _like(self, layer: int) -> int:
+        """The first layer that has the same weights."""
+        return min(layer, 0) if layer < self.model.num_layers else layer
 
     def missing(self, layer: int, tensor: int, shard: int, kind: _Kind) -> _Units:
         """Of a layer, what one of `tensor` shards lacks where there is `kind`."""
-        classes = unit_bytes(portions_of(self.model, layer))
-        return self.without({num_units: (units_held(num_units, tensor, shard),) for num_units in classes}, kind)
+        return self.without(tuple((each, (units_held(each, tensor, shard),)) for each in self._classes_of(layer)), kind)
 
     def without(self, missing: _Units, kind: _Kind) -> _Units:
         """What is missing beside `kind`."""
-        key = tuple(missing.items()), kind
+        key = missing, kind
         if key not in self._known:
             rest = dict(missing)
-            for num_units in missing:
+            for num_units in rest:
                 for tensor, shard in kind:
                     rest[num_units] = minus(rest[num_units], units_held(num_units, tensor, shard))
-            self._known[key] = rest
+            self._known[key] = tuple(rest.items())
         return self._known[key]
 
     def gain(self, layer: int, missing: _Units, kind: _Kind) -> int:
         """Bytes of what is missing that `kind` has."""
-        return self._bytes_between(layer, missing, self.without(missing, kind))
+        key = self._like(layer), missing, kind
+        if key not in self._gains:
+            self._gains[key] = self._bytes_between(layer, missing, self.without(missing, kind))
+        return self._gains[key]
 
     def available(self, layer: int, missing: _Units) -> int:
         """Bytes of what is missing that somebody has."""
         rest = missing
-        for kind in self.layers.get(layer, {}):
+        for kind in self.kinds(layer):
             rest = self.without(rest, kind)
-        return self._bytes_between(layer, missing, rest) if layer in self._classes else 0
+        return self._bytes_between(layer, missing, rest)
 
     def _bytes_between(self, layer: int, missing: _Units, rest: _Units) -> int:
-        each = self._classes[layer]
-        return sum((count(missing[num_units]) - count(rest[num_units])) * each[num_units] for num_units in each)
+        each = self._classes_of(layer)
+        pairs = zip(missing, rest, strict=True)
+        return sum((count(before) - count(after)) * each[num_units] for (num_units, before), (_, after) in pairs)
 
 
 def _kind(model: ModelSpec, slots: Sequence[HeldSlot], layer: int) -> _Kind:

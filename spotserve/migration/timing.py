@@ -8,9 +8,10 @@ Does not know where flows come from, or that there are other parts (`schedule`).
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf
+from typing import TypeAlias
 
 from spotserve.core.cluster import DeviceId
 from spotserve.migration.flows import Flow, Port
@@ -32,6 +33,10 @@ class Evicted:
 
     leaving: Leaving
     at_s: float
+
+
+_Turn: TypeAlias = tuple[tuple[bool, tuple[int, int]], float, int]
+"""Importance, seconds, lane."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +61,12 @@ class _Lane:
     longest_s: float = 0.0
     waiting: list[_Job] = field(default_factory=list)
     """The most important last."""
+
+    @property
+    def turn(self) -> _Turn:
+        """When its next flow has its turn among lanes whose ports have as much left to do, the smallest first."""
+        job = self.waiting[-1]
+        return job.importance, -job.seconds, self.number
 
 
 class Run:
@@ -104,6 +115,12 @@ class Run:
         """Ends of flows; None: something else may happen then."""
         self._may_pass = False
         """Whether what fits may begin before what is more important and does not."""
+        self._is_plain = not fixed and not memory.free_bytes and all(ends[flow] == inf for flow in flows)
+        """Whether whatever has free ports may begin, now as well as later."""
+        self._turns: dict[Port, list[_Turn]] = {}
+        """By port, heaps of the turns of its lanes; some are over."""
+        self._most_across_s: dict[Port, float] = {}
+        """How long the other port of some lane had to work when all began."""
         self._fill([job for flow, job in self._jobs.items() if flow not in fixed], ends)
         self._fix(fixed)
         self._play()
@@ -124,6 +141,13 @@ class Run:
             for port in job.ports:
                 self._left_s[port] = self._left_s.get(port, 0.0) + job.seconds
         self._num_waiting = len(jobs)
+        self._numbered = list(self._lanes.values())
+        for lane in self._numbered if self._is_plain else ():
+            for port, across in (lane.ports, lane.ports[::-1]):
+                self._turns.setdefault(port, []).append(lane.turn)
+                self._most_across_s[port] = max(self._most_across_s.get(port, 0.0), self._left_s[across])
+        for turns in self._turns.values():
+            heapify(turns)
 
     def _fix(self, fixed: Mapping[Flow, float]) -> None:
         """Keeps ports and memory for flows with times of their own."""
@@ -173,6 +197,9 @@ class Run:
 
     def _begin(self, changed: Iterable[Port]) -> None:
         """Sends what can be sent through ports that have changed, the most important first."""
+        if self._is_plain:
+            self._begin_plain(changed)
+            return
         lanes = {lane.number: lane for port in changed for lane in self._at.get(port, ()) if lane.waiting and self._is_free(lane)}
         for lane in lanes.values():
             if self._now_s + lane.longest_s > lane.end_s:
@@ -191,10 +218,51 @@ class Run:
             self._send(job)
             self._may_pass = False
 
+    def _begin_plain(self, changed: Iterable[Port]) -> None:
+        """The same where only ports can be in the way: the first of each port is offered; when another takes it, the next."""
+        offers: list[tuple[tuple[tuple[bool, tuple[int, int]], float, float, int], Port]] = []
+
+        def offer(port: Port) -> None:
+            lanes = self._foremost(port) if port not in self._busy else []
+            if lanes:
+                heappush(offers, (min(map(self._urgency, lanes)), port))
+
+        for port in changed:
+            offer(port)
+        while offers:
+            (*_, number), port = heappop(offers)
+            lane = self._numbered[number]
+            if not self._is_free(lane):
+                offer(port)
+                continue
+            job = lane.waiting[-1]
+            self._take_from(lane, job)
+            for each in lane.ports if lane.waiting else ():
+                heappush(self._turns[each], lane.turn)
+            self._send(job)
+
+    def _foremost(self, port: Port) -> list[_Lane]:
+        """Of the lanes at a port that can send, some among which is the most urgent one. While no other port has more left to do
+        than this one, that is whose turn it is, and nobody else has to be looked at."""
+        if self._left_s[port] < self._most_across_s[port]:
+            return [lane for lane in self._at[port] if lane.waiting and self._is_free(lane)]
+        turns, waiting = self._turns[port], []
+        found: list[_Lane] = []
+        while turns and not found:
+            turn = heappop(turns)
+            lane = self._numbered[turn[-1]]
+            if lane.waiting and lane.turn == turn:
+                waiting.append(turn)
+                found = [lane] if self._is_free(lane) else []
+        for turn in waiting:
+            heappush(turns, turn)
+        return found
+
     def _urgency(self, lane: _Lane) -> tuple[tuple[bool, tuple[int, int]], float, float, int]:
         """The smallest first: importance, then the port with the most left to do, then the longest."""
         job = lane.waiting[-1]
-        return job.importance, -max(self._left_s[port] for port in lane.ports), -job.seconds, lane.number
+        sending_s, receiving_s = self._left_s[lane.ports[0]], self._left_s[lane.ports[1]]
+        return job.importance, -max(sending_s, receiving_s), -job.seconds, lane.number
 
     def _next_of(self, lane: _Lane, blocked: set[DeviceId]) -> _Job | None:
         """The flow of a lane that may begin; None: it has to wait."""

@@ -294,3 +294,24 @@ def test_small_things_do_not_take_the_room_of_important_ones_unless_nothing_else
     assert [(each.flow.what, each.start_s - NOW_S) for each in made.timed] == [("important", 5), ("small", 9)]
     made = schedule([important, small], links=ALIKE, now_s=NOW_S, memory=Memory({THERE: 3}))
     assert [each.flow for each in made.timed] == [small] and made.without_room == (important,)
+
+
+@settings(max_examples=150)
+@given(all_flows(most=30), st.sampled_from([LINKS, ALIKE]))
+def test_where_only_ports_are_in_the_way_it_is_found_sooner_and_the_same(flows, links) -> None:
+    """A deadline that nothing can miss takes the way that looks at every flow at every turn."""
+    far = dict.fromkeys(INSTANCES, NOW_S + 1000000.0)
+    assert schedule(flows, links=links, now_s=NOW_S) == schedule(flows, links=links, now_s=NOW_S, deadlines_s=far)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 29), st.integers(0, 1), st.integers(1, 3)), min_size=40, max_size=90))
+def test_the_same_where_many_give_and_few_take(transfers) -> None:
+    wide = [f"s-{number:02}" for number in range(30)] + ["d-0", "d-1"]
+    links = dict.fromkeys(wide, InstanceLinks(Link(0.0, 1.0), Link(0.0, 1.0)))
+    flows = [
+        flow(DeviceId(f"s-{source:02}", 0), DeviceId(f"d-{taker}", 0), size, f"w-{index}", rank=(1, index % 2))
+        for index, (source, taker, size) in enumerate(transfers)
+    ]
+    far = dict.fromkeys(wide, NOW_S + 1e6)
+    assert schedule(flows, links=links, now_s=NOW_S) == schedule(flows, links=links, now_s=NOW_S, deadlines_s=far)

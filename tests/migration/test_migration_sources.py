@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from migration_scene import MODEL, fitting_shapes, has, size_of
@@ -10,11 +11,16 @@ from migration_scene import MODEL, fitting_shapes, has, size_of
 from spotserve.core.cluster import DeviceId
 from spotserve.core.messages import Address, HeldSlot, WeightTransfer
 from spotserve.core.plan import Parallel, Slot
+from spotserve.migration import sources
 from spotserve.migration.sources import weight_transfers
 
 devices = st.builds(DeviceId, st.sampled_from(["i-1", "i-2", "i-3"]), st.integers(0, 2))
 fleets = st.dictionaries(devices, st.lists(fitting_shapes, max_size=2), max_size=7)
 Shape = tuple[int, int, int, int]
+
+
+def has_layers(shape: Shape) -> set[int]:
+    return {unit[0] for unit in has(*shape)}
 
 
 def rank(device: DeviceId) -> Address:
@@ -159,3 +165,31 @@ def test_a_slow_sender_gives_less() -> None:
     for transfer in made[DeviceId("n-1", 0)]:
         given_bytes[transfer.source] += transfer.num_bytes
     assert given_bytes[fast] > 2 * given_bytes[slow] > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(devices, fitting_shapes, min_size=1, max_size=2),
+    st.lists(fitting_shapes, min_size=1, max_size=2),
+    st.sets(st.integers(0, 59)),
+    st.booleans(),
+)
+def test_of_many_who_are_alike_a_few_are_asked_and_the_same_ones_give(wanted, held, dying, is_one_slow) -> None:
+    fleet = {DeviceId(f"j-{number:02}", 0): [held[number % len(held)]] for number in range(60)}
+    speeds = dict.fromkeys(("i-1", "i-2", "i-3"), 1.0) | {each.instance_id: 1.0 + is_one_slow for each in fleet}
+    options = {"dying": {f"j-{number:02}" for number in dying}, "network_bytes_per_s": speeds | {"j-07": 0.5}}
+    asked: list[tuple[int, int]] = []
+    few = sources._Ports._few
+
+    def noted(self, alike):
+        asked.append((len(alike), len(few(self, alike))))
+        return few(self, alike)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources._Ports, "_few", noted)
+        made = transfers_of(wanted, fleet, **options)
+        patch.setattr(sources._Ports, "_few", lambda self, alike: alike)
+        assert made == transfers_of(wanted, fleet, **options)
+    # beside the slow one no more than there can be transfers, and one
+    most = 1 + sum(len(has_layers(shape)) for shape in wanted.values()) * len(set(held))
+    assert all(number <= most + 1 for _, number in asked)
