@@ -21,8 +21,14 @@ setup: $(VENV)/.ready ## make .venv with everything that is needed
 demo: setup ## a local cluster under load while a trace takes its machines away; the report is in runs/demo
 	$(BIN)/spotserve demo --out runs/demo
 
+# Files of tests that start no system of processes go two at a time; the others want the machine to themselves.
+define run_tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(1) --numprocesses 2 --dist loadfile --ignore tests/system
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(1) tests/system
+endef
+
 test: setup ## every test (the short chaos test included)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(call run_tests,)
 
 test-external: setup ## tests against a real vLLM; SPOTSERVE_VLLM_PYTHON names an interpreter that has it (docs/engines.md)
 	$(BIN)/python -m pytest -m external
@@ -32,7 +38,7 @@ check: setup ## what every commit passes: format, lint, types, contracts, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	$(call run_tests,-q)
 
 chaos: setup ## the long chaos test: 200 preemptions and more under 300 streams and more
 	SPOTSERVE_CHAOS=long $(BIN)/python -m pytest -m chaos -s --timeout 3600

@@ -6,7 +6,7 @@ Processor time of one process, one core. For every size the free devices are so 
 whose prices differ by a per cent each, the workload is `--rate` requests per second and instance, and the plan is searched for from
 nothing, once with limits on TTFT and TPOT (least dollars) and once without (shortest time). Per size and kind: the median of
 `--rounds` full plans, the part of it that the queueing model takes, the fleets that it judged, and what was found. The very first
-plan is not counted.
+plan is not counted; what replicas make of the requests is worked out anew for every plan.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from spotserve.planner import judge
 from spotserve.planner.cost import replica_cost
 from spotserve.planner.devices import instance_type, price_usd_per_hour
 from spotserve.planner.models import named_model
+from spotserve.planner.pace import pace
 from spotserve.planner.search import Pool, SearchResult, search
 from spotserve.planner.workload import Latency, Lengths, Objective, Workload
 
@@ -72,6 +73,7 @@ def measured(kind: str, instances: int, plan: Callable[[], SearchResult], judged
     """The median of so many plans."""
     times_s, queueing_s = [], []
     for _ in range(rounds):
+        pace.cache_clear()
         judged.calls, judged.seconds = 0, 0.0
         start_s = time.process_time()
         found = plan()

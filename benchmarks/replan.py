@@ -7,12 +7,13 @@
 Times are those of `ControllerState.handle` from the event to the commands: what stays and what is free, the search, weighing,
 placing, choosing sources, scheduling, the routing table, the journal. A fleet of so many `--instance` serves, every leader with
 `--sequences` sequences, and is asked for `--load` of what it can serve. Then, `--rounds` times and every time to other machines:
-two losses without notice (the first leaves devices without use, so that the second has something to bring up), a notice that comes
+two losses without notice (the first leaves devices without use, the second has a replica to bring up), a notice that comes
 true, three machines that join, `--at-once` that join together and are lost again, a look at the whole fleet when
 nothing has happened for a while, and a heartbeat. Between two events all that was commanded is done.
 
-The table has the median and the largest processor time of one process, and the median of the wall. `--profile` prints where the
-time of one kind of event goes.
+What a replica makes of requests of these lengths is known after the first rounds, as it is where the user says what load to
+expect; `--new-load` has it worked out at every event, as where the load is measured. The table has the median and the largest
+processor time of one process, and the median of the wall. `--profile` prints where the time of one kind of event goes.
 """
 
 import argparse
@@ -58,6 +59,7 @@ from spotserve.planner.cost import replica_cost
 from spotserve.planner.devices import instance_type, price_usd_per_hour
 from spotserve.planner.fleets import Pool
 from spotserve.planner.models import named_model
+from spotserve.planner.pace import pace
 from spotserve.planner.search import search
 from spotserve.planner.workload import Lengths, Objective, Workload
 
@@ -83,6 +85,7 @@ class Bench:
         self.model, self.hardware = named_model(args.model), instance_type(args.instance)
         self.usd_per_hour = price_usd_per_hour(args.instance, spot=True)
         self.sequences, self.at_once, self.profiled = args.sequences, args.at_once, args.profile
+        self.is_new_load = args.new_load
         self.zones, self.now_s, self.numbers = args.zones, 0.0, count()
         self.times: dict[str, Times] = {}
         self.profile = cProfile.Profile()
@@ -165,6 +168,8 @@ class Bench:
         self.now_s += STEP_S
         for machine in self.state.instances.values():
             machine.last_heard_s = self.now_s
+        if self.is_new_load:
+            pace.cache_clear()
         if kind is not None and kind == self.profiled:
             self.profile.enable()
         processor_s, wall_s = time.process_time(), time.perf_counter()
@@ -172,7 +177,8 @@ class Bench:
         wall_s, processor_s = time.perf_counter() - wall_s, time.process_time() - processor_s
         self.profile.disable()
         if kind is not None:
-            times = self.times.setdefault(kind, Times())
+            brings_up = any(isinstance(command, Activate) for command in commands)
+            times = self.times.setdefault(f"{kind}, brings up" if brings_up else kind, Times())
             times.processor.append(processor_s)
             times.wall.append(wall_s)
         return commands
@@ -306,6 +312,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.85, help="of what the fleet serves at most")
     parser.add_argument("--sequences", type=int, default=8, help="of every leader")
     parser.add_argument("--at-once", type=int, default=10, help="machines that join together")
+    parser.add_argument("--new-load", action="store_true", help="as if requests had other lengths at every event")
     parser.add_argument("--ttft", type=float, default=None, help="limit at the 99th percentile, seconds")
     parser.add_argument("--tpot", type=float, default=None, help="the same between two tokens")
     parser.add_argument("--rounds", type=int, default=5)
