@@ -161,7 +161,7 @@ class Chooser:
         told = {each.name: Alternative(each, False, each.why) for each in others}
         told |= {each.name: Alternative(each, False, f"does not pay what the change costs; {each.why}") for each in weighed}
         if chosen is not base and base.replicas:
-            told[base.name] = Alternative(base, False, f"what runs: {base.why}")
+            told[base.name] = Alternative(base, False, f"without a change: {base.why}")
         told.pop(chosen.name, None)
         self.alternatives = (Alternative(chosen, True, reason), *told.values())
         return chosen, reason

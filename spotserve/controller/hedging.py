@@ -125,7 +125,10 @@ class Hedging:
         )
         self._wish, self._memory = wish, wish.memory
         for each in wish.terminations:
-            self._asks.pop(each.instance_id, None)
+            # What was asked for cannot be called off, only given up: what is too many goes back when it is there.
+            ask = self._asks.get(each.instance_id)
+            if ask is not None and now_s - ask.asked_s >= self._policy.arrive_s:
+                del self._asks[each.instance_id]
         for launch in wish.launches:
             for _ in range(launch.count):
                 self._num_asked += 1
