@@ -125,15 +125,12 @@ class Hedging:
         )
         self._wish, self._memory = wish, wish.memory
         for each in wish.terminations:
-            # What was asked for cannot be called off, only given up: what is too many goes back when it is there.
-            ask = self._asks.get(each.instance_id)
-            if ask is not None and now_s - ask.asked_s >= self._policy.arrive_s:
-                del self._asks[each.instance_id]
+            self._asks.pop(each.instance_id, None)
         for launch in wish.launches:
             for _ in range(launch.count):
                 self._num_asked += 1
                 name = f"asked-{self._num_asked}"
-                self._asks[name] = Held(name, launch.zone, launch.is_spot, now_s)
+                self._asks[name] = Held(name, launch.zone, launch.is_spot, now_s, is_only_asked=True)
         returns = tuple(each for each in wish.terminations if each.instance_id in self._fleet.instances)
         launches = tuple(Launch(count=each.count, spot=each.is_spot, zone=each.zone, reason=each.reason) for each in wish.launches)
         told = [f"{each.instance_id} goes back: {each.reason}" for each in returns]

@@ -66,6 +66,8 @@ class Held:
     """Under notice: it does not count."""
     is_serving: bool = False
     """A replica runs on it."""
+    is_only_asked: bool = False
+    """The cloud has said nothing of it yet: it cannot be called off, only given up, or returned when it is there."""
 
 
 @dataclass(frozen=True, slots=True)

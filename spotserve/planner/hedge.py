@@ -171,13 +171,18 @@ def _returned(
     wishes = []
     if spot_surplus is not None and now_s - spot_surplus.since_s >= policy.scale_down_s:
         going = sorted(spot, key=lambda each: _need(each, losses))[: spot_surplus.count]
-        wishes += [TerminationWish(each.instance_id, f"too many for {policy.scale_down_s:g} s") for each in going]
-        spot_surplus = None
+        wishes += [TerminationWish(each.instance_id, f"too many for {policy.scale_down_s:g} s") for each in _there(going)]
+        spot_surplus = spot_surplus if len(_there(going)) < len(going) else None
     if on_demand_surplus is not None and now_s - on_demand_surplus.since_s >= policy.return_s:
         going = sorted(on_demand, key=lambda each: _need(each, prices))[: on_demand_surplus.count]
-        wishes += [TerminationWish(each.instance_id, f"not needed for {policy.return_s:g} s") for each in going]
-        on_demand_surplus = None
+        wishes += [TerminationWish(each.instance_id, f"not needed for {policy.return_s:g} s") for each in _there(going)]
+        on_demand_surplus = on_demand_surplus if len(_there(going)) < len(going) else None
     return wishes, spot_surplus, on_demand_surplus
+
+
+def _there(going: Sequence[Held]) -> list[Held]:
+    """Those that can be returned now; the others as soon as they are there."""
+    return [each for each in going if not each.is_only_asked]
 
 
 def _need(each: Held, badness: Mapping[str, float]) -> tuple[bool, bool, float, float, str]:
