@@ -172,17 +172,23 @@ def _returned(
     if spot_surplus is not None and now_s - spot_surplus.since_s >= policy.scale_down_s:
         going = sorted(spot, key=lambda each: _need(each, losses))[: spot_surplus.count]
         wishes += [TerminationWish(each.instance_id, f"too many for {policy.scale_down_s:g} s") for each in _there(going)]
-        spot_surplus = spot_surplus if len(_there(going)) < len(going) else None
+        spot_surplus = _left(spot_surplus, going)
     if on_demand_surplus is not None and now_s - on_demand_surplus.since_s >= policy.return_s:
         going = sorted(on_demand, key=lambda each: _need(each, prices))[: on_demand_surplus.count]
         wishes += [TerminationWish(each.instance_id, f"not needed for {policy.return_s:g} s") for each in _there(going)]
-        on_demand_surplus = on_demand_surplus if len(_there(going)) < len(going) else None
+        on_demand_surplus = _left(on_demand_surplus, going)
     return wishes, spot_surplus, on_demand_surplus
 
 
 def _there(going: Sequence[Held]) -> list[Held]:
     """Those that can be returned now; the others as soon as they are there."""
     return [each for each in going if not each.is_only_asked]
+
+
+def _left(surplus: Surplus, going: Sequence[Held]) -> Surplus | None:
+    """What is still too many when those that can be returned have been: it waits no longer than the cloud does."""
+    count = len(going) - len(_there(going))
+    return Surplus(count, surplus.since_s) if count else None
 
 
 def _need(each: Held, badness: Mapping[str, float]) -> tuple[bool, bool, float, float, str]:
