@@ -163,6 +163,19 @@ def test_scaling_down_waits_and_takes_what_nobody_uses_first() -> None:
     assert needed.memory.spot_surplus is None
 
 
+def test_what_was_only_asked_for_is_not_called_off_and_costs_nobody_else_its_place() -> None:
+    there = held("4xa")
+    asked = Held("asked-1", "b", True, NOW - 50, is_only_asked=True)
+    memory = HedgeMemory(spot_surplus=Surplus(2, NOW - 2000))
+    first = wish_for(2, [*there, asked], memory=memory)
+    assert len(returned(first)) == 1 and not first.launches
+    left = [each for each in there if each.instance_id not in returned(first)]
+    again = wish_for(2, [*left, asked], memory=first.memory)
+    assert returned(again) == [] and not again.launches  # the other one of the two is the one to come
+    came = replace(asked, is_only_asked=False)
+    assert returned(wish_for(2, [*left, came], memory=again.memory)) == ["asked-1"]
+
+
 def test_of_those_that_serve_the_riskiest_goes_and_no_other() -> None:
     fleet = held("a", "b", "c")
     memory = HedgeMemory(spot_surplus=Surplus(1, NOW - 5000))
