@@ -33,6 +33,7 @@ from rich.table import Table
 from spotserve.config import ControllerSettings
 from spotserve.controller.proposals import EngineTerms
 from spotserve.controller.records import Instance, Replica
+from spotserve.controller.rehearsal import answer_at_once
 from spotserve.controller.state import ControllerState
 from spotserve.core.cluster import DeviceId, InstanceState, Notice, ReplicaState
 from spotserve.core.hardware import InstanceType
@@ -40,8 +41,6 @@ from spotserve.core.messages import (
     Activate,
     Address,
     Command,
-    Drain,
-    Drained,
     Event,
     Heartbeat,
     HeldSlot,
@@ -50,7 +49,6 @@ from spotserve.core.messages import (
     NoticeReceived,
     Registered,
     SequenceReport,
-    SlotReady,
     Tick,
 )
 from spotserve.core.model import ModelSpec
@@ -186,25 +184,8 @@ class Bench:
     def obey(self, commands: list[Command]) -> None:
         """Every machine does what it is told, until nothing is left to do."""
         while commands:
-            answers = [answer for command in commands if (answer := self._answer(command)) is not None]
+            answers = [answer for command in commands if (answer := answer_at_once(command, self.model)) is not None]
             commands = [each for answer in answers for each in self.hear(answer, None)]
-
-    def _answer(self, command: Command) -> Event | None:
-        match command:
-            case Activate():
-                return SlotReady(
-                    instance_id=command.instance_id,
-                    device_index=command.device_index,
-                    slot=command.slot,
-                    plan_epoch=command.plan_epoch,
-                    model=self.model,
-                    pulled_bytes=sum(transfer.num_bytes for transfer in command.transfers),
-                    invariant="batch",
-                )
-            case Drain():
-                return Drained(instance_id=command.instance_id, replica_id=command.replica_id)
-            case _:
-                return None
 
     def victim(self) -> str:
         """The first machine of another replica every time."""

@@ -164,24 +164,29 @@ class _Cast:
         return [answer for command in commands for answer in self._obey(command)]
 
     def _obey(self, command: Command) -> list[Event]:
-        match command:
-            case Activate():
-                self.rehearsal.activations.append(command)
-                return [
-                    SlotReady(
-                        instance_id=command.instance_id,
-                        device_index=command.device_index,
-                        slot=command.slot,
-                        plan_epoch=command.plan_epoch,
-                        model=self.model,
-                        pulled_bytes=sum(transfer.num_bytes for transfer in command.transfers),
-                        invariant="batch",
-                    )
-                ]
-            case Drain():
-                return [Drained(instance_id=command.instance_id, replica_id=command.replica_id)]
-            case _:
-                return []
+        if isinstance(command, Activate):
+            self.rehearsal.activations.append(command)
+        answer = answer_at_once(command, self.model)
+        return [] if answer is None else [answer]
+
+
+def answer_at_once(command: Command, model: ModelSpec) -> SlotReady | Drained | None:
+    """What a machine says that does in no time what it is told, reads all that it needs, and never fails; None: nothing."""
+    match command:
+        case Activate():
+            return SlotReady(
+                instance_id=command.instance_id,
+                device_index=command.device_index,
+                slot=command.slot,
+                plan_epoch=command.plan_epoch,
+                model=model,
+                pulled_bytes=sum(transfer.num_bytes for transfer in command.transfers),
+                invariant="batch",
+            )
+        case Drain():
+            return Drained(instance_id=command.instance_id, replica_id=command.replica_id)
+        case _:
+            return None
 
 
 def _registered(number: int, machine: Machine, model: ModelSpec, standing: Sequence[Standing]) -> Registered:
