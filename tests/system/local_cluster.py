@@ -207,6 +207,24 @@ class Answer:
         )
 
 
+def code_request(number: int, *, max_tokens: int) -> dict[str, object]:
+    """A completion of code, the same for the same number: every second one is sampled, the others are greedy."""
+    return {
+        "model": "spotserve-demo",
+        "prompt": "import json\n\n\n" + f"def load_{number}(path):\n",
+        "max_tokens": max_tokens,
+        "seed": number,
+        "temperature": 0.8 * (number % 2),
+        "ignore_eos": True,
+    }
+
+
+async def stream_all(cluster: LocalCluster, bodies: Sequence[dict[str, object]]) -> list[Answer]:
+    """All of these at once; the answers, in the order of the bodies."""
+    async with httpx.AsyncClient(timeout=120) as client:
+        return list(await asyncio.gather(*(stream(client, cluster.url, body) for body in bodies)))
+
+
 async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object], answer: Answer | None = None) -> Answer:
     """Streams one completion to its end."""
     answer = answer or Answer()

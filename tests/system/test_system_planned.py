@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from local_cluster import Answer, LocalCluster, local_cluster, read_events, run, stream
+from local_cluster import Answer, LocalCluster, code_request, local_cluster, read_events, run, stream, stream_all
 
 STREAMS = 4
 INSTANCES = 4
@@ -16,14 +16,7 @@ CALM_S = 0.5
 
 
 def body(number: int) -> dict[str, object]:
-    return {
-        "model": "spotserve-demo",
-        "prompt": "import json\n\n\n" + f"def load_{number}(path):\n",
-        "max_tokens": 500,
-        "seed": number,
-        "temperature": 0.8 * (number % 2),
-        "ignore_eos": True,
-    }
+    return code_request(number, max_tokens=500)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +37,7 @@ def undisturbed(cluster: LocalCluster) -> list[Answer]:
 
 
 async def answers(cluster: LocalCluster) -> list[Answer]:
-    async with httpx.AsyncClient(timeout=120) as client:
-        return list(await asyncio.gather(*(stream(client, cluster.url, body(number)) for number in range(STREAMS))))
+    return await stream_all(cluster, [body(number) for number in range(STREAMS)])
 
 
 def settled(cluster: LocalCluster) -> bool:

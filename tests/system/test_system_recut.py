@@ -12,22 +12,15 @@ from typing import Any
 
 import httpx
 import pytest
-from local_cluster import Answer, LocalCluster, local_cluster, run, stream
+from local_cluster import Answer, LocalCluster, code_request, local_cluster, run, stream_all
 
 STREAMS = 6
 CALM_S = 0.3
 """Between two changes: long enough for answers to go on, short enough for them to see several."""
 
 
-def body(number: int) -> dict[str, Any]:
-    return {
-        "model": "spotserve-demo",
-        "prompt": "import json\n\n\n" + f"def load_{number}(path):\n",
-        "max_tokens": 700,
-        "seed": number,
-        "temperature": 0.8 * (number % 2),
-        "ignore_eos": True,
-    }
+def body(number: int) -> dict[str, object]:
+    return code_request(number, max_tokens=700)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +36,7 @@ def undisturbed(cluster: LocalCluster) -> list[Answer]:
 
 
 async def answers(cluster: LocalCluster) -> list[Answer]:
-    async with httpx.AsyncClient(timeout=120) as client:
-        return list(await asyncio.gather(*(stream(client, cluster.url, body(number)) for number in range(STREAMS))))
+    return await stream_all(cluster, [body(number) for number in range(STREAMS)])
 
 
 async def reshape(cluster: LocalCluster, data: int | None, pipeline: int, tensor: int) -> dict[str, Any]:
