@@ -49,6 +49,8 @@ class EngineSettings(Section):
     """What clients call the model; None: the last part of `model`."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """What the engine computes in; weights in another dtype are converted."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What one rank computes on; `cuda`: the first GPU that its process sees, where `invariant` holds up to rounding."""
     max_batch: int = Field(32, ge=1)
     """Sequences that run at once."""
     max_step_tokens: int = Field(256, ge=16)
@@ -65,8 +67,16 @@ class EngineSettings(Section):
     """`int8`: weights of linear layers as 8-bit integers with a scale per output, computed in `dtype`."""
     prefix_cache: bool = True
     """Whether the KV of prompts and answers is kept, as long as there is room, for requests that begin alike."""
-    speculation: str = Field("adaptive", pattern=r"^(off|adaptive|ngram:[1-9][0-9]?)$")
-    """`off`; `adaptive`: the system chooses; `DRAFTER:K`: this drafter, at most K tokens per sequence and step."""
+    speculation: str = Field("adaptive", pattern=r"^(off|adaptive|smartspec-2024|(ngram|suffix|model|staged):[1-9][0-9]?)$")
+    """`off`; `adaptive`: the system chooses who drafts and how much; `DRAFTER:K`: this drafter (ngram, suffix, model, staged), at
+    most K tokens per sequence and step; `smartspec-2024`: SmartSpec's released rule, to compare with."""
+    draft_model: str | None = None
+    """A small model with the same tokenizer, which drafts: a local folder or a hub id. Needed by `model` and `staged`."""
+
+    @property
+    def drafts_with_model(self) -> bool:
+        """Whether a draft model would be used."""
+        return self.draft_model is not None and self.speculation.partition(":")[0] not in ("off", "ngram", "suffix")
 
     @property
     def model_name(self) -> str:
@@ -79,6 +89,12 @@ class EngineSettings(Section):
         """As JSON values, the key in the clear: for the pipe to a worker, and for nothing that is kept or shown."""
         key = self.api_key.get_secret_value() if self.api_key is not None else None
         return {**self.model_dump(mode="json"), "api_key": key}
+
+    @model_validator(mode="after")
+    def _draft_model_is_given(self) -> Self:
+        if self.draft_model is None and self.speculation.partition(":")[0] in ("model", "staged"):
+            raise ValueError(f"speculation {self.speculation!r} needs draft_model (--draft-model MODEL)")
+        return self
 
     @model_validator(mode="after")
     def _server_and_url_belong_together(self) -> Self:

@@ -15,7 +15,7 @@ from spotserve.cli import app as cli
 from spotserve.core.messages import Address
 from spotserve.system_folder import SystemFolder, SystemRecord
 
-VERBS = ["up", "down", "status", "preempt", "reshape", "plan", "doctor", "demo", "replay"]
+VERBS = ["up", "down", "status", "preempt", "reshape", "plan", "advise", "doctor", "demo", "replay"]
 
 STATUS: dict[str, Any] = {
     "epoch": 4,
@@ -157,6 +157,8 @@ def test_wrong_use_ends_with_2(arguments: list[str]) -> None:
         (["up", "--engine", "openai"], "--engine-url"),
         (["up", "--engine-url", "http://127.0.0.1:1/v1"], "--engine openai"),
         (["up", "--engine", "magic"], "engine.kind"),
+        (["up", "--device", "tpu"], "engine.device"),
+        (["up", "--speculation", "model:3"], "--draft-model"),
         (["up", "--engine", "openai", "--engine-url", "http://h/v1", "--parallel", "1,1,2"], "taken whole"),
         (["up", "--speculation", "magic"], "engine.speculation"),
         (["up", "--dtype", "int4"], "engine.dtype"),

@@ -164,6 +164,22 @@ def test_limits_let_dollars_decide() -> None:
     assert planned(*EIGHT, "--slo", "e2e=60")["cost_usd_per_hour"] < planned(*EIGHT)["cost_usd_per_hour"]
 
 
+def test_replicas_that_draft_keep_limits_for_fewer_dollars() -> None:
+    asked = ("--model", "llama-3-8b", "--devices", "g5.xlarge=4", "--rate", "1", "--slo", "ttft=2,tpot=0.04")
+    plain, drafting = planned(*asked), planned(*asked, "--draft", "0.7:0.1")
+    assert plain["throughput_rps"] < 1 <= drafting["throughput_rps"]
+    assert drafting["cost_usd_per_hour"] < plain["cost_usd_per_hour"]
+    useless = planned(*asked, "--draft", "0:0")
+    assert useless["throughput_rps"] == pytest.approx(plain["throughput_rps"])
+
+
+@pytest.mark.parametrize("draft", ["", "0.7", "1.2:0.1", "0.7:-1", "0.7:inf", "nan:0.1", "a:b"])
+def test_a_draft_is_an_acceptance_and_a_share(
+    draft: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "expected ACCEPTANCE:SHARE" in refused(*EIGHT, "--draft", draft, monkeypatch=monkeypatch, capfd=capfd)
+
+
 def test_a_folder_is_a_model_and_torch_stays_out() -> None:
     """The command line plans for the model that ships, described by a process of its own."""
     program = (
@@ -204,7 +220,7 @@ def test_the_published_rule_needs_a_profile_and_knows_no_more(
         ((*published, "--profile", str(tmp_path / "none.json")), "No such file"),
         ((*published, "--profile", str(tmp_path)), "directory"),
         ((*published, "--profile", str(profile)), "format of SpotServe's artifact"),
-        ((*published, "--profile", str(profile), "--lose", "i-1"), "knows no --slo, --from or --lose"),
+        ((*published, "--profile", str(profile), "--lose", "i-1"), "knows no --slo, --from, --lose or --draft"),
         ((*EIGHT, "--min-devices", "12"), "go with --policy spotserve-2024"),
         ((*EIGHT, "--policy", "magic"), "--policy magic"),
     ]:

@@ -52,8 +52,14 @@ def up(
             help="Replicas, pipeline stages, tensor shards; D may be 'auto'. 'auto' alone: the planner chooses, and mixes shapes.",
         ),
     ] = None,
-    speculation: Annotated[str | None, typer.Option(help="off, adaptive, or DRAFTER:K (ngram:4).")] = None,
+    speculation: Annotated[
+        str | None, typer.Option(help="off, adaptive, or DRAFTER:K: ngram:4, suffix:8, model:3, staged:5. None changes an answer.")
+    ] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help="A small model with the same tokenizer, which drafts: a local folder or a hub id.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda: what a rank computes on.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Sequences that one replica runs at once.")] = None,
     hedge: Annotated[
         bool,
@@ -81,7 +87,9 @@ def up(
             "url": engine_url,
             "model": model,
             "speculation": speculation,
+            "draft_model": draft_model,
             "dtype": dtype,
+            "device": device,
             "max_batch": max_batch,
         },
         "gateway": {"port": port, "host": host},

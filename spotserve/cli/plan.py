@@ -10,7 +10,7 @@ import typer
 
 from spotserve.cli.plan_advice import advice, published_min_devices
 from spotserve.cli.plan_document import POLICY, PUBLISHED_POLICY, document_of, published_document
-from spotserve.cli.plan_inputs import read_limits, read_machines, read_model, read_standing
+from spotserve.cli.plan_inputs import read_draft, read_limits, read_machines, read_model, read_standing
 from spotserve.cli.plan_picture import show
 from spotserve.cli.program import app, console, errors
 from spotserve.config import ControllerSettings
@@ -26,6 +26,7 @@ PATIENCE_S = 2.0
 
 MODEL_HELP = "A name such as llama-3-8b or gpt-20b, a folder in Hugging Face format, or a hub id."
 DEVICES_HELP = "Machines, such as g4dn.12xlarge=8 or g5.12xlarge=4@us-east-1a:on-demand,g6.12xlarge=2."
+DRAFT_HELP = "Replicas draft: acceptance of a drafted token and its cost as a share of a step, such as 0.7:0.1."
 SLO_HELP = "ttft=2,tpot=0.1,e2e=60: seconds at the 99th percentile. Then dollars decide."
 
 
@@ -41,6 +42,7 @@ def plan(
     ] = 1.0,
     slo: Annotated[str | None, typer.Option(metavar="LIMITS", help=SLO_HELP)] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=4096, help="Sequences that a replica runs at once at most.")] = 64,
+    draft: Annotated[str | None, typer.Option(metavar="ACCEPTANCE:SHARE", help=DRAFT_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and KV, where the model is a folder or a hub id.")] = "bfloat16",
     start_from: Annotated[
         Path | None, typer.Option("--from", help="What serves already: a document that `spotserve plan --json` printed.")
@@ -76,8 +78,10 @@ def plan(
         spotserve plan --model gpt-20b --devices g4dn.12xlarge=8 --rate 0.35 --from before.json --lose i-3 --grace 30
     """
     if policy == PUBLISHED_POLICY:
-        if slo or start_from or lose:
-            raise ConfigError(f"--policy {PUBLISHED_POLICY} knows no --slo, --from or --lose: it chooses from a profile alone")
+        if slo or start_from or lose or draft:
+            raise ConfigError(
+                f"--policy {PUBLISHED_POLICY} knows no --slo, --from, --lose or --draft: it chooses from a profile alone"
+            )
         document, machines = _published(model, devices, profile, rate=rate, output=output, min_devices=min_devices)
     elif policy == POLICY:
         if profile is not None or min_devices is not None:
@@ -85,7 +89,15 @@ def plan(
         workload = Workload(rate_rps=rate, prompt=Lengths.fixed(prompt), output=Lengths.fixed(output), gap_cv=gap_cv)
         with _status("reading the model and planning"):
             document, machines = _planned(
-                model, devices, dtype, workload, slo, max_batch, start_from=start_from, lose=lose or [], grace_s=grace
+                model,
+                devices,
+                dtype,
+                workload,
+                slo,
+                EngineTerms(max_batch, draft=read_draft(draft)),
+                start_from=start_from,
+                lose=lose or [],
+                grace_s=grace,
             )
     else:
         raise ConfigError(f"--policy {policy}: expected {POLICY} or {PUBLISHED_POLICY}")
@@ -115,7 +127,7 @@ def _planned(
     dtype: str,
     workload: Workload,
     slo: str | None,
-    max_batch: int,
+    engine: EngineTerms,
     *,
     start_from: Path | None,
     lose: list[str],
@@ -144,9 +156,9 @@ def _planned(
     )
     standing = read_standing(start_from, machines, spec) if start_from is not None else ()
     rehearsal = rehearse(
-        spec, machines, settings, engine=EngineTerms(max_batch), standing=standing, lose=tuple(dict.fromkeys(lose)), grace_s=grace_s
+        spec, machines, settings, engine=engine, standing=standing, lose=tuple(dict.fromkeys(lose)), grace_s=grace_s
     )
-    help_ = "" if rehearsal.state.replicas else advice(spec, machines, workload, max_batch)
+    help_ = "" if rehearsal.state.replicas else advice(spec, machines, workload, engine.max_batch)
     return document_of(rehearsal, spec, rate_rps=workload.rate_rps, lost=list(dict.fromkeys(lose)), advice=help_), machines
 
 

@@ -17,10 +17,13 @@ from spotserve.core.hardware import InstanceType
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel, ReplicaPlan
 from spotserve.planner.devices import instance_type, price_usd_per_hour
+from spotserve.planner.drafting import Draft
 from spotserve.planner.models import MODELS, named_model
 
 MOST_MACHINES = 20_000
 LIMITS = ("ttft", "tpot", "e2e")
+DRAFT_TOKENS = 8
+"""The longest draft that is thought of."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MOST_DIGITS = 9
 
@@ -169,3 +172,21 @@ def read_limits(text: str | None) -> dict[str, float]:
             raise ConfigError(f"--slo {part}: expected {' or '.join(f'{each}=SECONDS' for each in LIMITS)}, with commas between")
         limits[f"{name}_s"] = value
     return limits
+
+
+def read_draft(text: str | None) -> Draft | None:
+    """A drafter from `0.7:0.1`: the chance that a drafted token is accepted, and what it costs as a share of a step.
+
+    Raises:
+        ConfigError: the text is not of this form.
+    """
+    if text is None:
+        return None
+    acceptance, _, share = text.partition(":")
+    try:
+        chance, cost_share = float(acceptance), float(share)
+    except ValueError:
+        chance = cost_share = -1.0
+    if not (0 <= chance <= 1 and 0 <= cost_share < float("inf")):
+        raise ConfigError(f"--draft {text}: expected ACCEPTANCE:SHARE, such as 0.7:0.1; `spotserve advise` measures both")
+    return Draft((chance,) * DRAFT_TOKENS, cost_share)

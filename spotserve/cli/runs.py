@@ -1,9 +1,6 @@
-"""Verbs that run something to its end: the demonstration, replays, benchmarks of one part."""
+"""Verbs that run something to its end: the demonstration, replays."""
 
 import contextlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +13,6 @@ from spotserve.core.errors import ConfigError
 from spotserve.demo.run import run_demo
 from spotserve.replay.run import ReplayOptions, run_replay
 from spotserve.replay.timeline import Scaling
-
-bench = typer.Typer(no_args_is_help=True, help="Measure one part on this machine.")
-app.add_typer(bench, name="bench")
 
 
 @app.command()
@@ -95,32 +89,3 @@ def replay(
         )
         exit_code = run_replay(options, console)
     raise typer.Exit(exit_code)
-
-
-@bench.command("engine")
-def bench_engine(
-    model: Annotated[
-        str | None, typer.Option(help="A folder in Hugging Face format, or a hub id. Default: the model that ships.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Compute threads.")] = 1,
-    invariant: Annotated[str | None, typer.Option(help="batch (the default) or full: what logits do not depend on.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="none (the default) or int8: weights of linear layers.")] = None,
-    concurrency: Annotated[str, typer.Option(help="Clients of each closed loop.")] = "1,4,16,64",
-    new_tokens: Annotated[int, typer.Option(min=2, help="Output tokens of each request.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Repeats of each loop.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-) -> None:
-    """Output tokens per second, waits, and the share of the memory's bandwidth of one replica on this machine."""
-    given = {"model": model, "dtype": dtype, "invariant": invariant, "quantization": quantization}
-    flags = {name: value for name, value in given.items() if value is not None}
-    flags |= {"threads": str(threads), "concurrency": concurrency, "new-tokens": str(new_tokens), "rounds": str(rounds)}
-    command = [
-        sys.executable,
-        "-m",
-        "spotserve.bench.engine",
-        *(part for name, value in flags.items() for part in (f"--{name}", value)),
-    ]
-    # A process of its own: the command line does not load torch, and threads are counted when it starts.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    sys.exit(subprocess.run([*command, *(["--json"] if as_json else [])], env=environment, check=False).returncode)

@@ -1,4 +1,6 @@
-"""Shapes as users write them."""
+"""Shapes and lists of numbers as users write them."""
+
+import typer
 
 from spotserve.core.errors import ConfigError
 
@@ -15,3 +17,11 @@ def parse_shape(option: str, text: str) -> tuple[int | None, int | None, int | N
     if min(number for number in shape if number is not None) < 1:
         raise ConfigError(f"{option}{text}: expected numbers of at least 1")
     return shape
+
+
+def parse_numbers(text: str, flag: str, *, least: int, most: int) -> tuple[int, ...]:
+    """Different numbers in ascending order."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) <= 6 and least <= int(part) <= most for part in parts):
+        raise typer.BadParameter(f"{text}: expected numbers from {least} to {most} with commas between", param_hint=flag)
+    return tuple(sorted(set(map(int, parts))))

@@ -19,6 +19,7 @@ from spotserve.core.hardware import InstanceType
 from spotserve.core.plan import Parallel, ReplicaPlan
 from spotserve.planner.cost import replica_cost
 from spotserve.planner.cutting import cut_by_time
+from spotserve.planner.drafting import Draft, DraftingSpeed
 from spotserve.planner.fleets import Choice, Pool, alike
 from spotserve.planner.memory import STEP_TOKENS
 from spotserve.planner.outlook import Footprint
@@ -77,6 +78,8 @@ class EngineTerms:
     """Tokens of the largest step, whose activations take memory."""
     speed_of: SpeedOf | None = None
     """How fast a shape is; None: as the cost model says."""
+    draft: Draft | None = None
+    """What every replica drafts with, beside what the cost model says; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +194,13 @@ class Proposer:
         if terms.engine.speed_of is not None:
             return terms.engine.speed_of(parallel, hardware)
         speed = replica_cost(self._fleet.model, parallel, hardware, terms.engine.step_tokens)
-        if isinstance(speed, str) or terms.engine.kv_tokens is None:
+        if isinstance(speed, str):
             return speed
-        if speed.kv_tokens < terms.engine.kv_tokens:
-            return f"there is room for {speed.kv_tokens} tokens of KV, {terms.engine.kv_tokens} are wanted"
-        return replace(speed, kv_tokens=terms.engine.kv_tokens)
+        kv_tokens = speed.kv_tokens if terms.engine.kv_tokens is None else terms.engine.kv_tokens
+        if speed.kv_tokens < kv_tokens:
+            return f"there is room for {speed.kv_tokens} tokens of KV, {kv_tokens} are wanted"
+        speed = replace(speed, kv_tokens=kv_tokens)
+        return speed if terms.engine.draft is None else DraftingSpeed(speed, terms.engine.draft, kv_tokens)
 
     def _cut(self, parallel: Parallel, hardware: InstanceType, terms: Terms) -> Parallel:
         """The same shape, its stages cut by time."""

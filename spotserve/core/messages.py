@@ -512,6 +512,8 @@ class HandOver(Message, frozen=True):
     """Shape of the old owner."""
     holders: tuple[KvHolder, ...]
     dtype: str
+    learned: dict[str, tuple[float, float]] = {}
+    """What drafters were worth for it: by drafter, accepted and expected tokens. Their KV stays behind."""
 
 
 class HandOverAnswered(Message, frozen=True):

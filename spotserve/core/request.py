@@ -107,6 +107,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Draft tokens verified for these tokens."""
     accepted_tokens: int = 0
     """How many of the draft tokens were accepted."""
+    drafter: str = ""
+    """Name of the drafter that most of these draft tokens came from; empty: nothing was drafted."""
 
     @property
     def end_position(self) -> int:

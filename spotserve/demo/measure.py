@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spotserve.config import DEMO_MODEL
 from spotserve.demo.train import encode_documents, held_out_loss
+from spotserve.speculation.drafter import DraftTask
 from spotserve.speculation.drafters.ngram import NgramDrafter
 
 DEMO_DRAFT = DEMO_MODEL.parent / "draft"
@@ -55,10 +56,11 @@ def model_proposals(draft: LlamaForCausalLM, tokens: list[int], start: int, draf
 def ngram_proposals(tokens: list[int], start: int, draft_tokens: int) -> list[list[int]]:
     """The same for prompt lookup."""
     drafter = NgramDrafter()
-    return [
-        list(drafter.propose("measured", tokens[:position], max_tokens=draft_tokens).token_ids)
-        for position in range(start, len(tokens) - draft_tokens)
-    ]
+    proposals = []
+    for position in range(start, len(tokens) - draft_tokens):
+        (draft,) = drafter.propose([DraftTask("measured", tokens[:position], draft_tokens)])
+        proposals.append(list(draft.tree.token_ids))
+    return proposals
 
 
 def play(tokens: list[int], start: int, proposals: list[list[int]]) -> tuple[int, int, int]:

@@ -1,5 +1,7 @@
 """What a fused stage does between its matrix products: by compiled kernels on a processor, by torch elsewhere.
 
+On a GPU a step of a small batch is the cost of its calls: what the library says in many is one there, if torch has it.
+
 Both compute the same functions. Which one is used follows from dtype and device alone, never from a step, so that it cannot make
 a token depend on its neighbours.
 """
@@ -7,6 +9,7 @@ a token depend on its neighbours.
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from spotserve.engine import kernels
 from spotserve.engine.attention import PagedBatch
@@ -25,13 +28,22 @@ class Norm(Protocol):
 class Rotary:
     """Tables that turn queries and keys by their positions."""
 
-    def __init__(self, rotary: LibraryModule, *, context_tokens: int, like: torch.Tensor) -> None:
-        cos, sin = rotary(like, position_ids=torch.arange(context_tokens, device=like.device)[None])
+    def __init__(self, rotary: LibraryModule, *, context_tokens: int, like: torch.Tensor, device: torch.device) -> None:
+        """Computed where `like` is, in its dtype; kept on `device`."""
+        cos, sin = (part.to(device) for part in rotary(like, position_ids=torch.arange(context_tokens, device=like.device)[None]))
         half = cos.shape[-1] // 2
         # rotate_half(x) * sin = roll(x) * (sin with its first half negated): one call less, the same products.
         self.cos = cos[0].contiguous()  # [context, head_size]
         self.sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1).contiguous()
         self.arrays = (kernels.as_array(self.cos), kernels.as_array(self.sin)) if kernels.serves(self.cos) else None
+        self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [rows, 1, head_size]; looked up once for all layers of a step, which ask with the same tensor."""
+        if self._last is None or self._last[0] is not positions:
+            cos, sin = (table.index_select(0, positions)[:, None] for table in (self.cos, self.sin))
+            self._last = positions, cos, sin
+        return self._last[1:]
 
 
 class Arithmetic(Protocol):
@@ -170,16 +182,32 @@ class TorchArithmetic:
     ) -> torch.Tensor:
         """See `Arithmetic`."""
         num_rows, head_size = qkv.shape[0], qkv.shape[2]
-        cos, sin = (table.index_select(0, positions)[:, None] for table in (rotary.cos, rotary.sin))
+        cos, sin = rotary.at(positions)
         turned = qkv[:, :-kv_heads]  # queries and keys [rows, heads + kv_heads, head_size]
         turned = torch.addcmul(turned * cos, turned.roll(head_size // 2, -1), sin)
         query = turned[:, :-kv_heads].reshape(num_rows, kv_heads, -1, head_size)
         return paged.attend(layer, query, turned[:, -kv_heads:], qkv[:, -kv_heads:], scale=scale)
 
 
+class GpuArithmetic(TorchArithmetic):
+    """Every dtype, on a GPU."""
+
+    def norm(self, module: LibraryModule) -> Norm:
+        """See `Arithmetic`; one call for the library's eight."""
+        weight, epsilon = module.weight.detach(), float(module.variance_epsilon)
+
+        def norm(rows: torch.Tensor, addend: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            total = rows if addend is None else rows + addend
+            return total, F.rms_norm(total, weight.shape, weight, epsilon)
+
+        return norm
+
+
 def arithmetic_for(weight: torch.Tensor) -> Arithmetic:
-    """The faster one of those that compute on tensors like `weight`."""
-    return KernelArithmetic() if kernels.serves(weight) else TorchArithmetic()
+    """The fastest of those that compute on tensors like `weight`."""
+    if kernels.serves(weight):
+        return KernelArithmetic()
+    return GpuArithmetic() if weight.device.type == "cuda" else TorchArithmetic()
 
 
 def _plain_gate(activation: Map) -> Map:

@@ -6,6 +6,9 @@ gathered and padded to a length that follows from the token's position alone; ro
 zero instead of a copy, which changes addresses, not sums. Neither other sequences, nor the cut of a prompt into chunks, nor
 the number of draft tokens change what is computed for a token, so they cannot change its bits.
 
+On a GPU the rows beside it choose the kernel of every matrix product, so its bits are not to be had in any case; there rows that
+share keys are one problem (`RowGroup.lanes`), and a token's result is the same up to rounding.
+
 Knows tensors and positions; does not know requests or how blocks are given out.
 """
 
@@ -20,6 +23,7 @@ from transformers import AttentionInterface
 
 from spotserve.core.errors import ModelError
 from spotserve.engine import kernels
+from spotserve.engine.device import on_device
 
 ATTENTION_NAME = "spotserve_paged"
 SCRATCH_BLOCK = 0
@@ -50,20 +54,46 @@ class RowGroup:
     positions: torch.Tensor
     """[rows]"""
     num_keys: int
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    """Additive masks [rows, 1, 1, keys] by sliding window (None: full), made when first asked for."""
+    lanes: torch.Tensor | None = None
+    """[table rows, lanes] which rows of the group read each row of the table, counted from `start`; spare lanes repeat one. Given
+    where rows that share keys are to be one problem; None: each row is a problem of its own."""
+    lane_of: torch.Tensor | None = None
+    """[rows] where in the lanes each row is."""
+    masks: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
+    """By sliding window (None: full) and queries per kv head, made when first asked for."""
 
-    def mask(self, *, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """0 where a key is at or before the query (and inside its window), -inf elsewhere."""
-        if window not in self.masks:
+    def mask(self, *, window: int | None, queries: int, dtype: torch.dtype) -> torch.Tensor:
+        """0 where a key is at or before the query (and inside its window), -inf elsewhere: [problems, 1, queries of each, keys].
+
+        `queries`: of a row to one kv head.
+        """
+        if (window, queries) not in self.masks:
             keys = torch.arange(self.num_keys, device=self.positions.device)
-            positions = self.positions[:, None]
+            positions = self.positions[:, None] if self.lanes is None else self.positions[self.lanes][:, :, None]
             hidden = keys > positions
             if window is not None:
                 hidden |= keys <= positions - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            self.masks[window] = mask[:, None, None, :]
-        return self.masks[window]
+            if self.lanes is None:
+                self.masks[window, queries] = mask[:, None, None, :].expand(-1, -1, queries, -1)
+            else:
+                self.masks[window, queries] = mask.repeat_interleave(queries, dim=1)[:, None]
+        return self.masks[window, queries]
+
+    def spread(self, query: torch.Tensor) -> torch.Tensor:
+        """[rows, kv_heads, queries, head_size] -> [problems, kv_heads, queries of each, head_size]"""
+        if self.lanes is None:
+            return query
+        lanes = query[self.lanes].transpose(1, 2)  # [problems, kv_heads, lanes, queries, head_size]
+        return lanes.reshape(*lanes.shape[:2], -1, lanes.shape[4])
+
+    def collect(self, output: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The reverse of `spread`; `like` has the shape of what was spread."""
+        if self.lanes is None:
+            return output
+        _, kv_heads, queries, head_size = like.shape
+        lanes = output.view(output.shape[0], kv_heads, -1, queries, head_size).transpose(1, 2)
+        return lanes.reshape(-1, kv_heads, queries, head_size)[self.lane_of]
 
 
 class KvCache:
@@ -90,7 +120,8 @@ class KvCache:
         # Zeros, not garbage: masked keys get weight 0, and 0 times a stray NaN would still be NaN.
         self._slots = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self._arrays = [kernels.as_array(slots) for slots in self._slots if kernels.serves(slots)]
-        self._scratch = torch.empty(0, dtype=dtype, device=device)
+        self.scratch = torch.empty(0, dtype=dtype, device=device)
+        """What `gather` writes to."""
 
     def layer(self, layer: int) -> torch.Tensor:
         """The slots of a layer, by its index in the model."""
@@ -105,9 +136,9 @@ class KvCache:
         slots = self.layer(layer)
         source = slots.view(slots.shape[0] if group.by_slot else self._num_blocks, -1)
         entries = group.table.numel()
-        if self._scratch.numel() < entries * source.shape[1]:
-            self._scratch = torch.empty(2 * entries * source.shape[1], dtype=slots.dtype, device=slots.device)
-        into = self._scratch[: entries * source.shape[1]].view(entries, source.shape[1])
+        if self.scratch.numel() < entries * source.shape[1]:
+            self.scratch = torch.empty(2 * entries * source.shape[1], dtype=slots.dtype, device=slots.device)
+        into = self.scratch[: entries * source.shape[1]].view(entries, source.shape[1])
         torch.index_select(source, 0, group.table.view(-1), out=into)
         return into.view(group.table.shape[0], group.num_keys, *slots.shape[1:])
 
@@ -118,15 +149,15 @@ class KvCache:
             slots.index_copy_(0, write, slots.index_select(0, read))
 
     def read(self, layer: int, slots: Sequence[int], heads: range) -> torch.Tensor:
-        """A copy [tokens, 2, heads, head_size]; `heads` counts from this shard's first."""
-        return self.layer(layer)[:, :, heads.start : heads.stop].index_select(0, self._indices(slots))
+        """A copy [tokens, 2, heads, head_size] in the processor's memory; `heads` counts from this shard's first."""
+        return self.layer(layer)[:, :, heads.start : heads.stop].index_select(0, self._indices(slots)).cpu()
 
     def write(self, layer: int, slots: Sequence[int], heads: range, values: torch.Tensor) -> None:
         """The reverse of `read`."""
         self.layer(layer)[:, :, heads.start : heads.stop].index_copy_(0, self._indices(slots), values.to(self.device))
 
     def _indices(self, slots: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(slots, dtype=torch.int64, device=self.device)
+        return on_device(slots, self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +172,7 @@ class PagedBatch:
 
     @property
     def num_real_rows(self) -> int:
-        """Rows before those that only pad the step, which stand at its end."""
+        """Rows before those that only pad the step, which stand at its end. For a processor: elsewhere it would have to wait."""
         return int(np.count_nonzero(self.write_slots.numpy(force=True) >= (SCRATCH_BLOCK + 1) * self.cache.block_tokens))
 
     def attend(
@@ -233,24 +264,26 @@ class PagedBatch:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        mask = group.mask(window=window, dtype=query.dtype)
+        given, queries_per_head = query, query.shape[2]
+        mask = group.mask(window=window, queries=queries_per_head, dtype=query.dtype)
+        query = group.spread(given)
         kept = self.cache.gather(layer, group)  # [table rows, keys, 2, kv_heads, head_size]
-        keys, values = kept.permute(2, 0, 3, 1, 4).expand(2, query.shape[0], -1, -1, -1)  # [rows, kv_heads, keys, head_size] each
+        keys, values = kept.permute(2, 0, 3, 1, 4).expand(2, query.shape[0], -1, -1, -1)  # [problems, kv_heads, keys, head_size]
         if softcap is None and sinks is None:
-            return F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask.expand(-1, -1, query.shape[2], -1), scale=scale
-            )
-        # One product per row and head, in batches: `matmul` would choose its kernel by the number of rows.
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+            return group.collect(attended, given)
+        # One product per problem and head, in batches: `matmul` would choose its kernel by the number of rows.
         queries, keys, values = (part.reshape(-1, *part.shape[2:]) for part in (query, keys, values))
         scores = torch.bmm(queries, keys.transpose(1, 2))
         scores = scores * scale if softcap is None else torch.tanh(scores * (scale / softcap)) * softcap
-        masked = scores.view(*query.shape[:3], -1) + mask  # [rows, kv_heads, queries per kv head, keys]
+        masked = scores.view(*query.shape[:3], -1) + mask  # [problems, kv_heads, queries of each, keys]
         if sinks is None:
             weights = masked.softmax(dim=-1)
         else:
-            sink = sinks.to(masked.dtype).view(1, *query.shape[1:3], 1).expand(*query.shape[:3], 1)
+            sink = sinks.to(masked.dtype).view(1, query.shape[1], 1, queries_per_head)
+            sink = sink.expand(query.shape[0], -1, query.shape[2] // queries_per_head, -1).reshape(*query.shape[:3], 1)
             weights = torch.cat((masked, sink), dim=-1).softmax(dim=-1)[..., :-1]
-        return torch.bmm(weights.reshape(scores.shape), values).view(query.shape)
+        return group.collect(torch.bmm(weights.reshape(scores.shape), values).view(query.shape), given)
 
 
 def paged_attention(

@@ -23,15 +23,10 @@ from spotserve.engine.ranks.leader import Ranks
 from spotserve.engine.results import FrozenSequence, SequenceOutput, StepResult
 from spotserve.engine.runner import Runner
 from spotserve.engine.sampler import SampledToken
-from spotserve.engine.scheduler import Schedule, ScheduledSequence, Scheduler
+from spotserve.engine.scheduler import DraftRoom, Schedule, ScheduledSequence, Scheduler
 from spotserve.engine.sequence import Sequence, new_sequence
-from spotserve.speculation.drafter import Drafter
-from spotserve.speculation.drafters.ngram import NgramDrafter
-from spotserve.speculation.goodput import GoodputRule
-from spotserve.speculation.tree import DraftTree
-
-_ADAPTIVE_DRAFT_TOKENS = 4
-"""Most that `adaptive` drafts per sequence and step."""
+from spotserve.speculation.drafter import DraftTask
+from spotserve.speculation.speculator import ChosenDraft, Speculator, StepSeen
 
 
 class ChunkChooser(Protocol):
@@ -61,7 +56,7 @@ class Engine:
         *,
         spec: ModelSpec,
         end_token_ids: ReadOnly[int],
-        drafter: Drafter | None = None,
+        speculator: Speculator | None = None,
         chunks: ChunkChooser | None = None,
     ) -> None:
         """Takes over `ranks`, whose caches have `num_kv_blocks(settings)` blocks beside the scratch block.
@@ -71,7 +66,7 @@ class Engine:
             settings: the engine's section.
             spec: the model.
             end_token_ids: what ends text by itself.
-            drafter: guesses ahead in place of the one that `settings.speculation` names, with the same number of tokens.
+            speculator: decides what is drafted; None: nothing ever is.
             chunks: how long the slices of prompts are; None: as long as a step has room.
         """
         self.spec = spec
@@ -91,9 +86,9 @@ class Engine:
             chunk_tokens=None if chunks is None else chunks.choose,
         )
         self._chunks = chunks
-        named_drafter, self._draft_tokens = _drafter(settings.speculation)
-        self._drafter = named_drafter if drafter is None else drafter
-        self._goodput = GoodputRule(max_tokens=self._draft_tokens) if settings.speculation == "adaptive" else None
+        self._speculator = speculator
+        self._draft_tasks: dict[str, DraftTask] = {}
+        """Of sequences that have decoded."""
         self._sequences: dict[str, Sequence] = {}
         self._frozen: dict[str, Sequence] = {}
         """Stopped, with their KV held for another engine."""
@@ -178,6 +173,7 @@ class Engine:
         if sequence is None:
             return None
         self._scheduler.suspend(sequence)
+        learned = {} if self._speculator is None else self._speculator.state(request_id)
         self._forget_draft(sequence)
         self._frozen[request_id] = sequence
         computed = sequence.computed_tokens
@@ -187,6 +183,7 @@ class Engine:
             request=sequence.request,
             output_token_ids=tuple(sequence.token_ids[len(sequence.request.prompt_token_ids) :]),
             computed_tokens=computed,
+            learned=learned,
         )
 
     def release(self, request_id: str) -> None:
@@ -219,7 +216,14 @@ class Engine:
         sequence.recompute_until = 0
         sequence.advance(computed)
         self._sequences[request.request_id] = sequence
+        if self._speculator is not None:
+            self._speculator.adopt(request.request_id, frozen.learned)
         return True
+
+    def finish_before(self, deadline_s: float | None) -> None:
+        """By when sequences should end, on the clock of `time.perf_counter`, because the machine goes then; None: at no time."""
+        if self._speculator is not None:
+            self._speculator.finish_before(deadline_s)
 
     def close(self) -> None:
         """The replica has ended; its ranks leave. Harmless when they are gone already."""
@@ -261,9 +265,7 @@ class Engine:
 
     def _issue(self) -> bool:
         """Starts a step; False when there is nothing to compute that is not under way."""
-        if self._goodput is not None:
-            self._draft_tokens = self._goodput.draft_tokens(num_sequences=self.num_running)
-        schedule = self._scheduler.schedule(self._propose if self._drafter is not None and self._draft_tokens else None)
+        schedule = self._scheduler.schedule(None if self._speculator is None else self._propose)
         if not schedule.entries:
             return False
         self._runner.issue(schedule.entries)
@@ -286,8 +288,8 @@ class Engine:
         step_s, self._last_step_s = now_s - self._last_step_s, now_s
         if self._chunks is not None and self._under_way:  # else stages stood idle, and the time is not that of one
             self._chunks.observe(tokens=schedule.num_tokens, pairs=_num_pairs(schedule), seconds=step_s)
-        if self._goodput is not None and not prefill_tokens:
-            self._goodput.observe_step(rows=schedule.num_tokens, step_s=step_s)
+        if self._speculator is not None:
+            self._speculator.observe_step(_seen(schedule, outputs, prompt_rows=prefill_tokens, step_s=step_s))
         return StepResult(
             outputs=outputs,
             num_prefill_tokens=prefill_tokens,
@@ -295,9 +297,24 @@ class Engine:
             step_s=step_s,
         )
 
-    def _propose(self, sequence: Sequence, max_tokens: int) -> DraftTree:
-        assert self._drafter is not None
-        return self._drafter.propose(sequence.request_id, sequence.token_ids, max_tokens=min(max_tokens, self._draft_tokens))
+    def _propose(self, room: DraftRoom) -> ReadOnly[ChosenDraft]:
+        assert self._speculator is not None
+        tasks = [self._draft_tasks.get(sequence.request_id) or self._new_task(sequence) for sequence in room.sequences]
+        return self._speculator.propose(tasks, room.limits, prompt_rows=room.prompt_rows, max_nodes=room.max_nodes)
+
+    def _new_task(self, sequence: Sequence) -> DraftTask:
+        assert self._speculator is not None
+        task = DraftTask(
+            sequence_id=sequence.request_id,
+            token_ids=sequence.token_ids,
+            max_depth=self._speculator.max_depth,
+            num_prompt_tokens=len(sequence.request.prompt_token_ids),
+            sampling=sequence.request.sampling,
+            banned_token_ids=sequence.banned_token_ids,
+            partition=sequence.cache_salt,
+        )
+        self._draft_tasks[sequence.request_id] = task
+        return task
 
     def _apply(self, entry: ScheduledSequence, sampled: list[SampledToken]) -> SequenceOutput:
         """Appends tokens up to the end of the sequence; what was accepted beyond a stop is trimmed."""
@@ -315,8 +332,8 @@ class Engine:
         sequence.advance(kept - 1)  # accepted draft tokens are in the cache; the last token never is
         tokens = sampled[:kept]
         accepted = min(kept, len(sampled) - 1)
-        if self._goodput is not None and entry.draft:
-            self._goodput.observe_draft(drafted=len(entry.draft), accepted=accepted)
+        if self._speculator is not None:
+            self._speculator.observe_tokens(sequence.request_id, sequence.token_ids[-kept:])
         if finish_reason is None:
             self._scheduler.settle(sequence)
         else:
@@ -332,6 +349,7 @@ class Engine:
             cached_tokens=sequence.take_cached_tokens(),
             draft_tokens=len(entry.draft),
             accepted_tokens=accepted,
+            drafter=entry.chosen.drafter,
         )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
@@ -347,8 +365,9 @@ class Engine:
         self._forget_draft(sequence)
 
     def _forget_draft(self, sequence: Sequence) -> None:
-        if self._drafter is not None:
-            self._drafter.forget(sequence.request_id)
+        self._draft_tasks.pop(sequence.request_id, None)
+        if self._speculator is not None:
+            self._speculator.forget(sequence.request_id, sequence.token_ids)
 
 
 def _num_pairs(schedule: Schedule) -> float:
@@ -356,11 +375,15 @@ def _num_pairs(schedule: Schedule) -> float:
     return sum(entry.num_tokens * (entry.start + (entry.num_tokens + 1) / 2) for entry in schedule.entries)
 
 
-def _drafter(speculation: str) -> tuple[Drafter | None, int]:
-    """The drafter that the setting names, and how many tokens it may propose per step."""
-    if speculation == "off":
-        return None, 0
-    if speculation == "adaptive":
-        return NgramDrafter(), _ADAPTIVE_DRAFT_TOKENS
-    _, _, draft_tokens = speculation.partition(":")
-    return NgramDrafter(), int(draft_tokens)
+def _seen(schedule: Schedule, outputs: ReadOnly[SequenceOutput], *, prompt_rows: int, step_s: float) -> StepSeen:
+    decoding = [entry for entry in schedule.entries if entry.samples]
+    return StepSeen(
+        sequences=len(decoding),
+        rows=schedule.num_tokens,
+        draft_nodes=sum(len(entry.draft) for entry in decoding),
+        kv_tokens=sum((entry.start + 1) * entry.num_tokens for entry in schedule.entries),
+        draft_kv_tokens=sum((entry.start + 1) * len(entry.draft) for entry in decoding),
+        tokens=sum(len(output.token_ids) for output in outputs),
+        prompt_rows=prompt_rows,
+        step_s=step_s,
+    )

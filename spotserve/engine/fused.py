@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from spotserve.engine.arithmetic import Norm, Rotary, arithmetic_for
 from spotserve.engine.batch import StepRows
 from spotserve.engine.cuts import StageSlice
+from spotserve.engine.device import PROCESSOR
 from spotserve.engine.linear import LEAST_ROWS, Map, Quantization, linear_map, padded_rows, row_sharded_map, side_by_side
 from spotserve.engine.shards import Alone, Shards
-from spotserve.engine.skeleton import LibraryModule
+from spotserve.engine.skeleton import LibraryModule, move
 
 _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary tables that do not change with the length of the sequence."""
@@ -54,8 +55,9 @@ class FusedStage:
         *,
         invariant: Literal["batch", "full"] = "batch",
         quantization: Quantization = "none",
+        device: torch.device = PROCESSOR,
     ) -> None:
-        """Lays the weights of `module` out anew (a second copy of them; the module's own are not needed after).
+        """Lays the weights of `module` out anew (a second copy of them), and takes the module apart.
 
         Args:
             module: the library's model, cut to the slice and to this shard; `fits` must have said yes.
@@ -63,6 +65,7 @@ class FusedStage:
             shards: of this stage; None: it is alone.
             invariant: what logits do not depend on, see `EngineSettings.invariant`.
             quantization: of the weights of linear layers.
+            device: where to compute; layer by layer the weights go there.
 
         Raises:
             ModelError: `full` is wanted and the model cannot be cut so.
@@ -71,17 +74,20 @@ class FusedStage:
         first = base.layers[stage_slice.layers.start]
         weight = first.self_attn.o_proj.weight
         self._slice, self._shards = stage_slice, Alone() if shards is None else shards
-        self._arithmetic = arithmetic_for(weight)
+        self._arithmetic = arithmetic_for(weight[:1].to(device))
         self._head_size = int(first.self_attn.head_dim)
         self._kv_heads = first.self_attn.k_proj.weight.shape[0] // self._head_size
         self._scale = float(first.self_attn.scaling)
-        self._rotary = Rotary(base.rotary_emb, context_tokens=config.max_position_embeddings, like=weight[:1])
-        self._layers = [self._layer(index, base.layers[index], invariant, quantization) for index in stage_slice.layers]
+        self._rotary = Rotary(base.rotary_emb, context_tokens=config.max_position_embeddings, like=weight[:1], device=device)
+        self._layers: list[_Layer] = []
+        for index in stage_slice.layers:
+            self._layers.append(self._layer(index, move(base.layers[index], device), invariant, quantization))
+            base.layers[index] = torch.nn.Identity()  # what was laid out anew is on the device once
         if stage_slice.is_first:
-            self._embedding = base.embed_tokens.weight
+            self._embedding = base.embed_tokens.weight.to(device)
         if stage_slice.is_last:
-            head = module.lm_head
-            self._norm = self._arithmetic.norm(base.norm)
+            head = move(module.lm_head, device)
+            self._norm = self._arithmetic.norm(move(base.norm, device))
             self._head = linear_map(head.weight, head.bias, quantization=quantization)
             self._vocabulary_size = int(config.vocab_size)
             self._head_is_sharded = head.weight.shape[0] != self._vocabulary_size

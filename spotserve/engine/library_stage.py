@@ -18,10 +18,11 @@ from spotserve.core.errors import ModelError
 from spotserve.engine.batch import StepRows
 from spotserve.engine.catalogue import Catalogue, is_at_home
 from spotserve.engine.cuts import Segment, StageSlice
+from spotserve.engine.device import PROCESSOR
 from spotserve.engine.linear import LEAST_ROWS, Map, Quantization, linear_map, row_sharded_map
 from spotserve.engine.sharding import Division, local_count
 from spotserve.engine.shards import Shards
-from spotserve.engine.skeleton import LibraryModule, PassThrough, build_skeleton, stand_in
+from spotserve.engine.skeleton import LibraryModule, PassThrough, build_skeleton, move, stand_in
 
 
 def build_module(catalogue: Catalogue, stage_slice: StageSlice, weights: Mapping[str, torch.Tensor]) -> LibraryModule:
@@ -110,6 +111,7 @@ class LibraryStage:
         *,
         invariant: Literal["batch", "full"] = "batch",
         quantization: Quantization = "none",
+        device: torch.device = PROCESSOR,
     ) -> None:
         """Takes over `module`, which `build_module` made of the same catalogue and slice.
 
@@ -120,6 +122,7 @@ class LibraryStage:
             shards: those of the stage.
             invariant: what logits do not depend on, see `EngineSettings.invariant`.
             quantization: of the weights of linear layers.
+            device: where to compute; the module goes there.
 
         Raises:
             ModelError: `full` is wanted and this model adds in a way that depends on the number of shards.
@@ -127,6 +130,7 @@ class LibraryStage:
         assert (shards.shard, shards.tensor) == (stage_slice.shard, stage_slice.tensor)
         if invariant == "full" and catalogue.unshardable is not None:
             raise ModelError(f"{catalogue.spec.name}: no arithmetic that is invariant over shards: {catalogue.unshardable}")
+        move(module, device)
         self._module = module
         self._slice = stage_slice
         self._incoming: torch.Tensor | None = None

@@ -51,7 +51,7 @@ def linear_map(weight: torch.Tensor, bias: torch.Tensor | None, *, quantization:
     """x -> x @ weight.T + bias for x [rows, in]; weight [out, in]. With `int8` the weights are rounded to 8 bits.
 
     Raises:
-        ModelError: `int8` is wanted in a dtype that it does not serve.
+        ModelError: `int8` is wanted in a dtype or on a device that it does not serve.
     """
     if quantization == "int8":
         return _int8_map(weight, bias)
@@ -141,6 +141,8 @@ def _packed_map(weight: torch.Tensor, bias: torch.Tensor | None) -> Map:
 
 def _int8_map(weight: torch.Tensor, bias: torch.Tensor | None) -> Map:
     """Weights as 8-bit integers with a scale per output, largest magnitude to 127; the product is torch's own."""
+    if weight.device.type != "cpu":
+        raise ModelError("weights of 8 bits are served on processors: on a GPU set engine.quantization to 'none'")
     if weight.dtype != torch.bfloat16:
         raise ModelError(f"weights of 8 bits are served with bfloat16, not with {str(weight.dtype).removeprefix('torch.')}")
     scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127  # [out]

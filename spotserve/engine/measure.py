@@ -15,6 +15,7 @@ from spotserve.config import DEMO_MODEL, EngineSettings
 from spotserve.core.model import ModelSpec
 from spotserve.core.request import Request, SamplingParams
 from spotserve.engine.bring_up import lone_engine
+from spotserve.engine.device import PROCESSOR, device_of
 from spotserve.engine.dtypes import DTYPES
 from spotserve.engine.engine import Engine
 from spotserve.engine.linear import linear_map
@@ -60,7 +61,7 @@ def measure(settings: EngineSettings) -> tuple[Measured, ...]:
     engine = lone_engine(small)
     tuple(_loop(engine, SEQUENCES[0]))  # warms up
     steps = [each for count in SEQUENCES for each in _loop(engine, count)]
-    return (*steps, *_kernels(DTYPES[settings.dtype]))
+    return (*steps, *_kernels(DTYPES[settings.dtype], device_of(settings)))
 
 
 def _loop(engine: Engine, count: int) -> Iterator[Measured]:
@@ -92,23 +93,25 @@ def _step(spec: ModelSpec, tokens: int, *, sampled: int, pairs: float, kv_tokens
     return Measured(flops, num_bytes, spec.num_layers, seconds)
 
 
-def _kernels(dtype: torch.dtype) -> tuple[Measured, Measured]:
+def _kernels(dtype: torch.dtype, device: torch.device) -> tuple[Measured, Measured]:
     rows, inputs, outputs = PRODUCT
     with torch.inference_mode():
-        product = linear_map(torch.ones(outputs, inputs, dtype=dtype), None)
-        hidden = torch.ones(rows, inputs, dtype=dtype)
-        product_s = _seconds(lambda: product(hidden))
-        streamed = torch.ones(STREAMED_BYTES // 4, dtype=torch.float32)
-        stream_s = _seconds(streamed.sum)
+        product = linear_map(torch.ones(outputs, inputs, dtype=dtype, device=device), None)
+        hidden = torch.ones(rows, inputs, dtype=dtype, device=device)
+        product_s = _seconds(lambda: product(hidden), device)
+        streamed = torch.ones(STREAMED_BYTES // 4, dtype=torch.float32, device=device)
+        stream_s = _seconds(streamed.sum, device)
     moved = (rows * inputs + inputs * outputs + rows * outputs) * dtype.itemsize
     return Measured(2.0 * rows * inputs * outputs, moved, 0, product_s), Measured(0.0, STREAMED_BYTES, 0, stream_s)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object], device: torch.device = PROCESSOR) -> float:
     """The quickest of several runs: whatever else this machine does only adds."""
     times = []
     for _ in range(REPEATS + 1):
         started_s = perf_counter()
         work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         times.append(perf_counter() - started_s)
     return min(times[1:])

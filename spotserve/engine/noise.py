@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from spotserve.engine.device import on_device
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 _MULTIPLIER_2 = 0x94D049BB133111EB
@@ -44,7 +46,7 @@ class KeyedGumbel:
     def draw(self, *, seeds: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Standard Gumbel noise, float64 [rows, vocabulary]; row i belongs to `seeds[i]` at output position `positions[i]`."""
         keys = [_signed(row_key(seed, position)) for seed, position in zip(seeds, positions, strict=True)]
-        bits = torch.tensor(keys, device=self._counters.device)[:, None] + self._counters  # [rows, vocabulary]
+        bits = on_device(keys, self._counters.device)[:, None] + self._counters  # [rows, vocabulary]
         bits = _xor_shifted(bits, 30).mul_(_signed(_MULTIPLIER_1))
         bits = _xor_shifted(bits, 27).mul_(_signed(_MULTIPLIER_2))
         bits = _xor_shifted(bits, 31)

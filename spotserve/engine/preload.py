@@ -19,7 +19,12 @@ COMMON_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
 def compile_for(settings: EngineSettings) -> None:
     """Has the kernels compiled that a model in a local folder will need; whatever is wrong with it, its worker will say."""
-    if settings.kind != "native" or settings.dtype not in ("float32", "bfloat16") or not Path(settings.model).is_dir():
+    if (
+        settings.kind != "native"
+        or settings.device != "cpu"
+        or settings.dtype not in ("float32", "bfloat16")
+        or not Path(settings.model).is_dir()
+    ):
         return
     try:
         config = AutoConfig.from_pretrained(settings.model).get_text_config()

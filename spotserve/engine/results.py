@@ -1,8 +1,10 @@
 """What an engine hands out: values, made of token ids and bytes. No tensors."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from spotserve.core.request import FinishReason, Request, TokenLogprob
+from spotserve.speculation.acceptance import SequenceAcceptance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,8 @@ class SequenceOutput:
     cached_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    drafter: str = ""
+    """Name of the drafter that most of these draft tokens came from; empty: nothing was drafted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,3 +45,5 @@ class FrozenSequence:
     request: Request
     output_token_ids: tuple[int, ...]
     computed_tokens: int
+    learned: Mapping[str, SequenceAcceptance] = field(default_factory=dict)
+    """What drafters were worth for it, see `speculation.speculator.SequenceState`."""

@@ -48,7 +48,7 @@ class Runner:
         layout = rows.build()
         sampled_rows = rows.sampled_rows
         plain = all(is_plain_greedy(entry.sequence.request.sampling) for entry in entries)
-        sampling = None if plain else [row for entry in entries for row in _sampling_rows(entry)]
+        sampling = None if plain else [row for entry in entries for row in sampling_rows(entry)]
         self._ranks.issue(layout, [row for of_entry in sampled_rows for row in of_entry], sampling)
         self._issued.append(_Issued(tuple(entries), tuple(len(of_entry) for of_entry in sampled_rows)))
 
@@ -80,7 +80,7 @@ class Runner:
             self._ranks.move_slots([source for source, _ in slots], [to for _, to in slots])
 
 
-def _sampling_rows(entry: ScheduledSequence) -> list[SamplingRow]:
+def sampling_rows(entry: ScheduledSequence) -> list[SamplingRow]:
     """What each sampled row of an entry may look at: its own prefix."""
     if not entry.samples:
         return []

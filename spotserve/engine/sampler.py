@@ -7,6 +7,7 @@ equal scores the lowest id wins. Each row sees its own prefix, draft tokens befo
 and caches: a row's result depends on that row alone.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 
 from spotserve.core.request import SamplingParams, TokenLogprob
 from spotserve.engine import kernels
+from spotserve.engine.device import on_device
 from spotserve.engine.noise import KeyedGumbel
 
 _MAX_GAP = 1e9
@@ -85,17 +87,34 @@ class Sampler:
         if all(is_plain_greedy(row.sampling) for row in rows):
             return [SampledToken(token_id) for token_id in greedy(logits)]
         raw = logits.to(torch.float64)
-        scores = raw.clone()
-        for scores_row, row in zip(scores, rows, strict=True):
-            if row.adjusts_logits:
-                _adjust(scores_row, row)
-        _divide_by_temperature(scores, rows)
-        _truncate(scores, rows)
-        self._add_noise(scores, rows)
+        scores = self._scores(raw, rows)
         chosen = scores.argmax(dim=-1)  # [rows]; the first of equals
         gaps = _gaps(scores, chosen, rows)
         logprobs = _logprobs(raw, chosen, rows)
         return [SampledToken(*choice) for choice in zip(chosen.tolist(), logprobs, gaps, strict=True)]
+
+    def two_best(self, logits: torch.Tensor, rows: Sequence[SamplingRow] | None) -> list[tuple[int, float, int, float]]:
+        """Per row of `logits` [rows, vocabulary] the token that `sample` chooses and the one that it would choose without that one,
+        each with its share of exp(score) over all tokens: how sure the choice is. `rows` None: all are plainly greedy."""
+        scores = logits.float() if rows is None else self._scores(logits.to(torch.float64), rows)
+        best = scores.argmax(dim=-1, keepdim=True)  # [rows, 1]; the first of equals, which topk does not promise
+        rest = scores.scatter(1, best, -torch.inf)
+        second_best = rest.argmax(dim=-1, keepdim=True)
+        values = torch.cat((scores.gather(1, best), rest.gather(1, second_best)), dim=1)  # [rows, 2]
+        shares = (values - scores.logsumexp(dim=-1, keepdim=True)).exp()
+        pairs = zip(torch.cat((best, second_best), dim=1).tolist(), shares.tolist(), strict=True)
+        return [(first, share, second, second_share) for (first, second), (share, second_share) in pairs]
+
+    def _scores(self, raw: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        """What the choice is the argmax of: log-probabilities but for the normalizer, processed, with noise; float64."""
+        scores = raw.clone()
+        for index, row in enumerate(rows):
+            if row.adjusts_logits:
+                _adjust(scores[index], row)
+        _divide_by_temperature(scores, rows)
+        _truncate(scores, rows)
+        self._add_noise(scores, rows)
+        return scores
 
     def _add_noise(self, scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
         noisy = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
@@ -119,31 +138,31 @@ def _add_to_rows(scores: torch.Tensor, indices: list[int], addend: torch.Tensor)
     if len(indices) == scores.shape[0]:
         scores.add_(addend)
     else:
-        scores.index_add_(0, torch.tensor(indices, device=scores.device), addend)
+        scores.index_add_(0, on_device(indices, scores.device), addend)
 
 
 def _adjust(scores: torch.Tensor, row: SamplingRow) -> None:
     """Penalties, bias and ban of one row [vocabulary], in place."""
-    sampling, output = row.sampling, torch.tensor(row.output_token_ids, dtype=torch.int64, device=scores.device)
+    sampling, device = row.sampling, scores.device
     if sampling.repetition_penalty != 1.0:
-        prompt = torch.tensor(row.prompt_token_ids, dtype=torch.int64, device=scores.device)
-        seen = torch.cat((prompt, output)).unique()
+        seen = on_device(sorted({*row.prompt_token_ids, *row.output_token_ids}), device)
         values = scores[seen]
         scores[seen] = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
     if sampling.presence_penalty or sampling.frequency_penalty:
-        seen, counts = output.unique(return_counts=True)
-        scores[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts.to(torch.float64)
+        counted = Counter(row.output_token_ids)
+        counts = on_device(list(counted.values()), device, torch.float64)
+        scores[on_device(list(counted), device)] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     if sampling.logit_bias:
-        ids = torch.tensor(list(sampling.logit_bias), device=scores.device)
-        scores[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float64, device=scores.device)
+        ids = on_device(list(sampling.logit_bias), device)
+        scores[ids] += on_device(list(sampling.logit_bias.values()), device, torch.float64)
     if row.position < sampling.min_tokens and row.banned_token_ids:
-        scores[torch.tensor(row.banned_token_ids, device=scores.device)] = -torch.inf
+        scores.index_fill_(0, on_device(row.banned_token_ids, device), -torch.inf)
 
 
 def _divide_by_temperature(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     temperatures = [row.sampling.temperature or 1.0 for row in rows]
     if any(temperature != 1.0 for temperature in temperatures):
-        scores.div_(torch.tensor(temperatures, dtype=torch.float64, device=scores.device)[:, None])
+        scores.div_(on_device(temperatures, scores.device, torch.float64)[:, None])
 
 
 def _truncate(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -152,11 +171,11 @@ def _truncate(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     if not cut:
         return
     device = scores.device
-    at = torch.tensor(cut, device=device)
+    at = on_device(cut, device)
     asked = [rows[index].sampling for index in cut]
-    top_k = torch.tensor([s.top_k for s in asked], device=device)[:, None]
-    top_p = torch.tensor([s.top_p for s in asked], dtype=torch.float64, device=device)[:, None]
-    min_p = torch.tensor([s.min_p for s in asked], dtype=torch.float64, device=device)[:, None]
+    top_k = on_device([s.top_k for s in asked], device)[:, None]
+    top_p = on_device([s.top_p for s in asked], device, torch.float64)[:, None]
+    min_p = on_device([s.min_p for s in asked], device, torch.float64)[:, None]
     if device.type == "cpu":
         part = scores[at]
         weights = (part - part.amax(dim=-1, keepdim=True)).exp_()
@@ -184,7 +203,7 @@ def _gaps(scores: torch.Tensor, chosen: torch.Tensor, rows: Sequence[SamplingRow
     gaps: list[float | None] = [None] * len(rows)
     asked = [index for index, row in enumerate(rows) if row.sampling.gaps]
     if asked:
-        at = torch.tensor(asked, device=scores.device)
+        at = on_device(asked, scores.device)
         lead = scores[at, chosen[at]] - scores[at].scatter(1, chosen[at][:, None], -torch.inf).amax(dim=-1)
         for index, gap in zip(asked, lead.clamp(max=_MAX_GAP).tolist(), strict=True):
             gaps[index] = gap
@@ -195,7 +214,7 @@ def _logprobs(raw: torch.Tensor, chosen: torch.Tensor, rows: Sequence[SamplingRo
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
     asked = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
     if asked:
-        at = torch.tensor(asked, device=raw.device)
+        at = on_device(asked, raw.device)
         log_p = raw[at].log_softmax(dim=-1)  # [asked, vocabulary]
         most = max(rows[index].sampling.logprobs or 0 for index in asked)
         values, ids = log_p.topk(min(most, log_p.shape[1]), dim=-1)

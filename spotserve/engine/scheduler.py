@@ -24,16 +24,33 @@ after. Whoever writes blocks by another way than a step must keep that order.
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeAlias
 
 from spotserve.engine.blocks import BlockPool
 from spotserve.engine.sequence import Seniority, Sequence
-from spotserve.speculation.tree import EMPTY_TREE, DraftTree
+from spotserve.speculation.speculator import NO_DRAFT, ChosenDraft
+from spotserve.speculation.tree import DraftTree
 
-ProposeDraft = Callable[[Sequence, int], DraftTree]
-"""A draft for a sequence, of at most so many nodes."""
+
+@dataclass(frozen=True, slots=True)
+class DraftRoom:
+    """What drafts of the next step have room for."""
+
+    sequences: ReadOnly[Sequence]
+    """Those that decode in it."""
+    limits: ReadOnly[int]
+    """Nodes of each one's draft, at most."""
+    max_nodes: int
+    """Of all drafts together."""
+    prompt_rows: int
+    """Tokens of prompts in the same step."""
+
+
+ProposeDrafts = Callable[[DraftRoom], ReadOnly[ChosenDraft]]
+"""A draft for each sequence."""
 
 ChunkTokens: TypeAlias = Callable[[int, int, int], int]
 """Prompt tokens for the next step, of a run of prompt tokens [start, end) that has come as far as a position: called with
@@ -46,7 +63,7 @@ class ScheduledSequence:
 
     sequence: Sequence
     num_tokens: int
-    draft: DraftTree = EMPTY_TREE
+    chosen: ChosenDraft = NO_DRAFT
     start: int = field(init=False)
     """Position of the first of these tokens."""
     samples: bool = field(init=False)
@@ -57,6 +74,11 @@ class ScheduledSequence:
         object.__setattr__(self, "start", self.sequence.computed_tokens)
         object.__setattr__(self, "samples", self.num_tokens == self.sequence.pending_tokens)
         assert not self.draft or self.samples
+
+    @property
+    def draft(self) -> DraftTree:
+        """The draft."""
+        return self.chosen.tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +182,7 @@ class Scheduler:
         """Gives back blocks that only rejected drafts needed."""
         self._blocks.shrink(sequence.block_ids, num_tokens=len(sequence.token_ids))
 
-    def schedule(self, propose: ProposeDraft | None = None) -> Schedule:
+    def schedule(self, propose: ProposeDrafts | None = None) -> Schedule:
         """The next step, in flight from now on if it has entries; sequences it evicts wait again."""
         evicted: list[Sequence] = []
         self._displace(evicted)
@@ -172,11 +194,12 @@ class Scheduler:
         if len(ready) < len(idle) or self._waiting:
             prompts = self._prompts(budget, may_admit=not evicted)
             budget -= sum(entry.num_tokens for entry in prompts)
-        if propose is None or budget <= 0:
+        if propose is None or budget <= 0 or not decoding or evicted:  # who evicts for want of blocks has none to spare
             entries = [self._entry(sequence, 1) for sequence in decoding]
         else:
             elsewhere = sum(bool(sequence.block_ids) for sequence in ready) + len(self._in_flight) - len(decoding)
-            entries = [self._entry(sequence, 1, draft) for sequence, draft in self._drafts(decoding, budget, propose, elsewhere)]
+            room = self._room(decoding, budget, elsewhere, sum(entry.num_tokens for entry in prompts))
+            entries = [self._entry(sequence, 1, chosen) for sequence, chosen in self._drafts(room, propose, elsewhere)]
         schedule = Schedule((*entries, *prompts), tuple(evicted))
         if schedule.entries:
             self._steps.append(schedule)
@@ -309,25 +332,36 @@ class Scheduler:
         end = len(sequence.token_ids) + backlog
         return max(1, self._chunk_tokens(sequence.cached_tokens, sequence.computed_tokens, end))
 
-    def _drafts(
-        self, decoding: list[Sequence], budget: int, propose: ProposeDraft, spare_blocks: int
-    ) -> Iterator[tuple[Sequence, DraftTree]]:
-        """A draft for each that fits budget, output, context and free blocks: never worth an eviction, in other groups neither."""
+    def _room(self, decoding: list[Sequence], budget: int, spare_blocks: int, prompt_rows: int) -> DraftRoom:
+        """What fits output, context and free blocks: never worth an eviction, in other groups neither."""
+        block_tokens = self._blocks.block_tokens
+        free_tokens = max(0, self._blocks.free_blocks - spare_blocks) * block_tokens
+        limits = []
         for sequence in decoding:
             known = len(sequence.token_ids)
-            free_blocks = max(0, self._blocks.free_blocks - spare_blocks)
-            room = (len(sequence.block_ids) + free_blocks) * self._blocks.block_tokens - known
-            limit = min(budget, sequence.remaining_tokens - 1, self._context_tokens - known - 1, room)
-            draft = EMPTY_TREE if limit <= 0 else propose(sequence, limit).cut(limit)
-            grown = self._blocks.grow(sequence.block_ids, num_tokens=known + len(draft))
-            assert grown
-            budget -= len(draft)
-            yield sequence, draft
+            room = len(sequence.block_ids) * block_tokens + free_tokens - known
+            limits.append(max(0, min(budget, sequence.remaining_tokens - 1, self._context_tokens - known - 1, room)))
+        return DraftRoom(decoding, limits, budget, prompt_rows)
 
-    def _entry(self, sequence: Sequence, num_tokens: int, draft: DraftTree = EMPTY_TREE) -> ScheduledSequence:
-        entry = ScheduledSequence(sequence, num_tokens, draft)
+    def _drafts(self, room: DraftRoom, propose: ProposeDrafts, spare_blocks: int) -> Iterator[tuple[Sequence, ChosenDraft]]:
+        """A draft for each sequence; blocks go to those that come first."""
+        budget = room.max_nodes
+        for sequence, limit, chosen in zip(room.sequences, room.limits, propose(room), strict=True):
+            if chosen.tree:
+                known = len(sequence.token_ids)
+                free_blocks = max(0, self._blocks.free_blocks - spare_blocks)
+                fitting = (len(sequence.block_ids) + free_blocks) * self._blocks.block_tokens - known
+                tree = chosen.tree.cut(max(0, min(limit, budget, fitting)))
+                grown = self._blocks.grow(sequence.block_ids, num_tokens=known + len(tree))
+                assert grown
+                budget -= len(tree)
+                chosen = ChosenDraft(tree, chosen.drafter) if tree else NO_DRAFT
+            yield sequence, chosen
+
+    def _entry(self, sequence: Sequence, num_tokens: int, chosen: ChosenDraft = NO_DRAFT) -> ScheduledSequence:
+        entry = ScheduledSequence(sequence, num_tokens, chosen)
         first = entry.start // self._blocks.block_tokens
-        written = sequence.block_ids[first : self._blocks.blocks_for(entry.start + num_tokens + len(draft))]
+        written = sequence.block_ids[first : self._blocks.blocks_for(entry.start + num_tokens + len(chosen.tree))]
         assert self._blocks.writable(written), "a block that a step writes has one holder"
         sequence.last_step = self._num_steps
         return entry

@@ -17,6 +17,7 @@ from spotserve.engine.attention import KvCache
 from spotserve.engine.batch import RowLayout, StepLayout
 from spotserve.engine.catalogue import Catalogue, make_catalogue
 from spotserve.engine.cuts import StageSlice
+from spotserve.engine.device import PROCESSOR
 from spotserve.engine.scheduler import ScheduledSequence
 from spotserve.engine.sequence import new_sequence
 from spotserve.engine.shards import Shards
@@ -43,7 +44,9 @@ _verdicts: dict[tuple[object, ...], str | None] = {}
 _lock = threading.Lock()
 
 
-def check(catalogue: Catalogue, tensor: int, make_stage: MakeStage, *, dtype: torch.dtype, kind: str) -> str | None:
+def check(
+    catalogue: Catalogue, tensor: int, make_stage: MakeStage, *, dtype: torch.dtype, kind: str, device: torch.device = PROCESSOR
+) -> str | None:
     """Why stages that `make_stage` makes cannot compute a model on `tensor` shards in `dtype`; None when they can.
 
     Args:
@@ -52,15 +55,16 @@ def check(catalogue: Catalogue, tensor: int, make_stage: MakeStage, *, dtype: to
         make_stage: what is to be checked.
         dtype: what to compute in.
         kind: names `make_stage`, for the memory of verdicts.
+        device: where these stages compute; the library's own attention is computed on the processor.
     """
-    key = (catalogue.config.to_json_string(use_diff=False), tensor, dtype, kind)
+    key = (catalogue.config.to_json_string(use_diff=False), tensor, dtype, kind, device.type)
     with _lock:
         if key not in _verdicts:
-            _verdicts[key] = _try(catalogue, tensor, make_stage, dtype)
+            _verdicts[key] = _try(catalogue, tensor, make_stage, dtype, device)
         return _verdicts[key]
 
 
-def _try(catalogue: Catalogue, tensor: int, make_stage: MakeStage, dtype: torch.dtype) -> str | None:
+def _try(catalogue: Catalogue, tensor: int, make_stage: MakeStage, dtype: torch.dtype, device: torch.device) -> str | None:
     reason: str | None = f"no copy of it is below {_MOST_BYTES >> 20} MiB"
     for config in shrunken(catalogue, tensor):
         for seed in _SEEDS:
@@ -75,9 +79,8 @@ def _try(catalogue: Catalogue, tensor: int, make_stage: MakeStage, dtype: torch.
             except (ModelError, *BUILD_ERRORS) as error:
                 reason = f"the library cannot compute a small copy of it: {error}"
                 break  # too small for the library: the next copy is larger
-            reason = _differs(
-                make_catalogue(config, name=catalogue.spec.name, dtype=dtype), reference, token_ids, expected, make_stage, tensor
-            )
+            small = make_catalogue(config, name=catalogue.spec.name, dtype=dtype)
+            reason = _differs(small, reference, token_ids, expected, make_stage, tensor, device)
             if reason is None:
                 return None
         else:
@@ -96,12 +99,13 @@ def _differs(
     expected: torch.Tensor,
     make_stage: MakeStage,
     tensor: int,
+    device: torch.device,
 ) -> str | None:
     weights = dict(reference.named_parameters(remove_duplicate=False)) | dict(reference.named_buffers())
     name = type(reference).__name__
     try:
         with torch.inference_mode():
-            logits = _served_logits(small, weights, token_ids, make_stage, tensor)
+            logits = _served_logits(small, weights, token_ids, make_stage, tensor, device).cpu()
     except (ModelError, *BUILD_ERRORS) as error:
         return f"{name} cannot run on a paged cache: {error}"
     tolerance = TOLERANCE[expected.dtype] * max(1.0, float(expected.max() - expected.min()))
@@ -111,7 +115,12 @@ def _differs(
 
 
 def _served_logits(
-    small: Catalogue, weights: Mapping[str, torch.Tensor], token_ids: list[int], make_stage: MakeStage, tensor: int
+    small: Catalogue,
+    weights: Mapping[str, torch.Tensor],
+    token_ids: list[int],
+    make_stage: MakeStage,
+    tensor: int,
+    device: torch.device,
 ) -> torch.Tensor:
     """[tokens, vocabulary], the prompt in chunks, every layer a stage of its own."""
     layouts = _layouts(token_ids)
@@ -124,12 +133,11 @@ def _served_logits(
             needed = small.needed(stage_slice).items()
             cuts = {name: small.entries[name].cut for name, _ in needed}
             local = {name: cuts[name].cut_out(weights[name].detach(), cuts[name].whole, held) for name, held in needed}
-            stage, cache = make_stage(small, stage_slice, local, shards), _cache(small, stage_slice)
+            stage, cache = make_stage(small, stage_slice, local, shards), _cache(small, stage_slice, device)
             outputs = []
             for layout, incoming in zip(layouts, hidden, strict=True):
-                rows = layout.bind(cache)
-                wanted = torch.arange(_real_rows(layout)) if stage_slice.is_last else None
-                outputs.append(stage(rows, incoming, wanted))
+                rows = layout.bind(cache, range(_real_rows(layout)))
+                outputs.append(stage(rows, incoming, rows.logit_rows if stage_slice.is_last else None))
             return outputs
 
         hidden = [*run_shards(thread_shards(tensor), work)[0]]
@@ -153,7 +161,7 @@ def _real_rows(layout: StepLayout) -> int:
     return int((layout.slots >= _BLOCK_TOKENS).sum())
 
 
-def _cache(small: Catalogue, stage_slice: StageSlice) -> KvCache:
+def _cache(small: Catalogue, stage_slice: StageSlice, device: torch.device) -> KvCache:
     return KvCache(
         stage_slice.layers,
         num_kv_heads=max(1, small.spec.num_kv_heads // stage_slice.tensor),
@@ -161,5 +169,5 @@ def _cache(small: Catalogue, stage_slice: StageSlice) -> KvCache:
         num_blocks=2,
         block_tokens=_BLOCK_TOKENS,
         dtype=small.dtype,
-        device=torch.device("cpu"),
+        device=device,
     )

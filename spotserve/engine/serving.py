@@ -75,6 +75,10 @@ class ServingEngine(Protocol):
         """Goes on with a sequence whose KV was fetched; False: `add` it instead."""
         ...
 
+    def finish_before(self, deadline_s: float | None) -> None:
+        """By when sequences should end, on the clock of `time.perf_counter`, because the machine goes then; None: at no time."""
+        ...
+
     def reports(self) -> tuple[SequenceReport, ...]:
         """Every sequence, as the controller needs to know it."""
         ...

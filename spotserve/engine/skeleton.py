@@ -8,6 +8,7 @@ shards or attention.
 import copy
 import re
 from collections.abc import Callable, Iterator
+from threading import Lock
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +21,8 @@ from spotserve.engine.attention import ATTENTION_NAME
 
 LibraryModule: TypeAlias = Any
 """A torch module of transformers, whose parts have no static types."""
+_BUILDING = Lock()
+"""The library sets torch's default dtype while it builds, for all threads, and back: two at once could leave the wrong one."""
 BUILD_ERRORS = (
     OSError,
     ValueError,
@@ -45,7 +48,7 @@ def build_skeleton(
     """
     library_logging.disable_progress_bar()
     try:
-        with torch.device(device):
+        with _BUILDING, torch.device(device):
             module = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
     except KeyError as error:
         if ATTENTION_NAME not in error.args:
@@ -118,6 +121,18 @@ def owners_outside(module: LibraryModule, layers_path: str) -> Iterator[tuple[st
         inside = name == layers_path or name.startswith(layers_path + ".")
         if not inside and (child._parameters.keys() or persistent_buffers(child)):
             yield name, child
+
+
+def move(module: LibraryModule, device: torch.device) -> LibraryModule:
+    """Gives a module its values on `device`, as far as it has any: what stands in for others has none. Returns the module."""
+    for owner in module.modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None and not parameter.is_meta and parameter.device.type != device.type:
+                owner._parameters[leaf] = torch.nn.Parameter(parameter.to(device), requires_grad=False)
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                owner._buffers[leaf] = buffer.to(device)
+    return module
 
 
 def persistent_buffers(module: torch.nn.Module) -> list[str]:

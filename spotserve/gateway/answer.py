@@ -5,11 +5,14 @@ stream leaves exactly what a client that has read so far still lacks. A choice's
 Does not know JSON, events or HTTP.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from spotserve.core.request import FinishReason, Request, TokenDelta, TokenLogprob
+from spotserve.gateway.acceptance import VerifiedDraft, completion_tokens_details
 from spotserve.gateway.calls import Call, Envelope, unpack_envelope
 from spotserve.gateway.problems import CANCELLED, Problem, failed_problem
 from spotserve.gateway.text import ChoiceText, TextRules
@@ -56,6 +59,8 @@ class Choice:
         self.piece = Piece()
         self.said_position = skip
         """Positions that the client knows, once it has read all that was written."""
+        self.drafts: Counter[VerifiedDraft] | None = Counter() if envelope.return_speculation else None
+        """Drafts that were verified for it; None: nobody asked."""
         self._skip = skip
         self._stop_token_ids = sampling.stop_token_ids
         self._keeps_ids = envelope.return_token_ids
@@ -94,9 +99,12 @@ class Choice:
                 self._keep_extras(piece, delta, offset, start)
             if text.stopped is not None:
                 self.finish = Finish("stop", text.stopped)
-                return
-        if delta.finish_reason is not None:
+                break
+        if delta.finish_reason is not None and self.finish is None:
             self._end(delta)
+        if self.drafts is not None and delta.draft_tokens:
+            accepted = min(delta.accepted_tokens, text.tokens - delta.position)  # none beyond a stop string
+            self.drafts[VerifiedDraft(delta.drafter, delta.draft_tokens, accepted)] += 1
 
     def _keep_extras(self, piece: Piece, delta: TokenDelta, offset: int, start: int) -> None:
         token_id = delta.token_ids[offset]
@@ -149,11 +157,15 @@ class Answer:
         self.prompts = tuple(request.prompt_token_ids for request in prompts)
 
     @property
-    def usage(self) -> dict[str, int]:
-        """Tokens of the call, each counted once, whatever was computed how often."""
+    def usage(self) -> dict[str, Any]:
+        """Tokens of the call, each counted once, whatever was computed how often; and what became of drafts, if asked for."""
         completion_tokens = sum(choice.tokens for choice in self.choices)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": self.prompt_tokens + completion_tokens,
         }
+        if self.envelope.return_speculation:
+            drafts = sum((choice.drafts for choice in self.choices if choice.drafts is not None), Counter[VerifiedDraft]())
+            usage["completion_tokens_details"] = completion_tokens_details(drafts)
+        return usage

@@ -35,6 +35,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """None: no logprobs in the answer; k: with the k most probable tokens."""
     return_token_ids: bool = False
     return_gaps: bool = False
+    return_speculation: bool = False
+    """The usage says what became of draft tokens."""
 
 
 class Call(msgspec.Struct, frozen=True):

@@ -120,6 +120,7 @@ class Intake:
             top_logprobs=top_logprobs,
             return_token_ids=bool(body.return_token_ids),
             return_gaps=bool(body.return_gaps),
+            return_speculation=bool(body.return_speculation),
         )
         return Call(call_id, pack_envelope(envelope), tuple(requests))
 

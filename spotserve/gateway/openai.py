@@ -62,6 +62,8 @@ class CallBody(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     return_gaps: bool | None = None
     """By how much each chosen token led the runner-up: what tells a near tie."""
+    return_speculation: bool | None = None
+    """What became of draft tokens, in the usage."""
 
 
 class CompletionBody(CallBody, frozen=True, kw_only=True):

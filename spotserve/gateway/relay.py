@@ -282,11 +282,13 @@ class Relay:
             transcript.owned_by(replica_id, delta.epoch)
         self._metrics.tokens_recomputed.inc(delta.recomputed_tokens)
         self._metrics.prefix_cached_tokens.inc(delta.cached_tokens)
-        self._metrics.draft_tokens.inc(delta.draft_tokens)
-        self._metrics.accepted_tokens.inc(delta.accepted_tokens)
         if not transcript.token_ids and delta.token_ids:
             self._metrics.time_to_first_token.observe(self._clock.now_s() - transcript.request.arrival_s)
-        self._metrics.output_tokens.inc(transcript.extend(delta))
+        new = transcript.extend(delta)
+        if new is not None:
+            self._metrics.output_tokens.inc(len(new.token_ids))
+            if new.draft_tokens:
+                self._metrics.count_draft(new.drafter, drafted=new.draft_tokens, accepted=new.accepted_tokens)
         if transcript.finish_reason is not None:
             self._note_finished(transcript)
         self._note_claim(delta.request_id, replica_id)

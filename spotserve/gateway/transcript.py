@@ -70,11 +70,13 @@ class Transcript:
 
     # ------------------------------------------------------------------ progress
 
-    def extend(self, delta: TokenDelta) -> int:
-        """Takes over what is new; returns how many tokens were."""
+    def extend(self, delta: TokenDelta) -> TokenDelta | None:
+        """Takes over what is new; returns it, None when nothing is. What was drafted for a step counts only when all tokens of
+        the step are new: no accepted token is counted twice, whoever computed it again."""
         known = len(self.token_ids) - delta.position
         if self.is_finished or known < 0 or (known >= len(delta.token_ids) and delta.finish_reason is None):
-            return 0
+            return None
+        is_whole = known == 0
         new = TokenDelta(
             request_id=delta.request_id,
             epoch=delta.epoch,
@@ -84,9 +86,12 @@ class Transcript:
             gaps=delta.gaps[known:] if delta.gaps is not None else None,
             finish_reason=delta.finish_reason,
             error=delta.error,
+            draft_tokens=delta.draft_tokens if is_whole else 0,
+            accepted_tokens=delta.accepted_tokens if is_whole else 0,
+            drafter=delta.drafter if is_whole else "",
         )
         self._append(new)
-        return len(new.token_ids)
+        return new
 
     def extend_from_store(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> None:
         """Takes over what the store knows beyond this. The store keeps bare tokens: when log-probabilities or gaps were asked

@@ -1,84 +1,73 @@
-"""How many tokens to draft now: as many as make tokens per second the most, by what was measured here and lately.
+"""Which of all drafted tokens of a batch are verified: those that bring the most committed tokens per second together.
 
-A step of r rows costs about c0 + c1 * r seconds; a draft of k tokens of which each is accepted with probability a brings
-a + a^2 + ... + a^k tokens. Both laws are fitted to recent steps, older ones fading. A wrong choice costs time, never an answer,
-so the rule may look at anything, clocks included. Pure arithmetic; knows no sequences.
+Nodes of all sequences stand in line by their chance of survival; since a child never survives its parent, any beginning of the line
+is a set of whole paths. The cut is where expected tokens over the time of the step peaks (SmartSpec's goodput, Liu et al., arXiv
+2406.14066; ranked across the batch like the confidence-scheduled verification of DSpark, arXiv 2607.05147). Pure arithmetic.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-_FADING = 0.98
-"""Weight that a past step keeps with each new one: a memory of about fifty steps."""
-_PROBE_EVERY_STEPS = 64
-"""Once in so many steps drafting is tried in full, and in the next step not at all: text and load change, and the cost of a row
-cannot be seen while every step has the same number of rows."""
+from spotserve.speculation.cost import StepCost
 
 
-@dataclass(slots=True)
-class _Line:
-    """Least squares with fading weights: seconds = fixed_s + per_row_s * rows."""
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The step without drafts."""
 
-    weight: float = 0.0
-    x: float = 0.0
-    y: float = 0.0
-    xx: float = 0.0
-    xy: float = 0.0
-
-    def add(self, x: float, y: float) -> None:
-        """One measurement."""
-        self.weight = self.weight * _FADING + 1.0
-        self.x = self.x * _FADING + x
-        self.y = self.y * _FADING + y
-        self.xx = self.xx * _FADING + x * x
-        self.xy = self.xy * _FADING + x * y
-
-    @property
-    def slope(self) -> float:
-        """Seconds per row, at least 0; 0 while every step had the same number of rows."""
-        spread = self.weight * self.xx - self.x * self.x
-        return max(0.0, (self.weight * self.xy - self.x * self.y) / spread) if spread > 1e-9 * self.xx else 0.0
-
-    def at(self, x: float) -> float:
-        """Seconds for so many rows, by the line through the mean."""
-        mean_x, mean_y = self.x / self.weight, self.y / self.weight
-        return max(mean_y + self.slope * (x - mean_x), 1e-9)
+    sequences: int
+    rows: int
+    """Prompts included."""
+    kv_tokens: int
+    worth: float
+    """What its tokens are worth together: one each, unless some are wanted more."""
+    spent_s: float = 0.0
+    """What was spent on drafting already."""
 
 
-class GoodputRule:
-    """The rule of one engine: goodput decides the draft length (after SmartSpec)."""
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The outcome."""
 
-    def __init__(self, *, max_tokens: int) -> None:
-        assert max_tokens >= 1
-        self._max_tokens = max_tokens
-        self._cost = _Line()
-        self._accepted = 1.0  # one accepted and one refused: no opinion yet
-        self._tried = 2.0
-        self._steps = 0
+    nodes: tuple[int, ...]
+    """Those to verify, in line."""
+    worth: float
+    """Expected tokens of the step, by their worth."""
+    step_s: float
+    """Expected time of the step, drafting included."""
 
     @property
-    def acceptance(self) -> float:
-        """Chance of a draft token whose predecessors were accepted, lately."""
-        return self._accepted / self._tried
+    def goodput(self) -> float:
+        """Worth per second."""
+        return self.worth / self.step_s
 
-    def observe_step(self, *, rows: int, step_s: float) -> None:
-        """A step without prompts took `step_s` for `rows`, draft tokens included."""
-        self._cost.add(rows, step_s)
-        self._steps += 1
 
-    def observe_draft(self, *, drafted: int, accepted: int) -> None:
-        """A draft was verified: every accepted token was tried, and the first refused one."""
-        assert 0 <= accepted <= drafted
-        self._accepted = self._accepted * _FADING + accepted
-        self._tried = self._tried * _FADING + min(drafted, accepted + 1)
+def best_cut(worths: Sequence[float], kv_tokens: Sequence[int], base: Base, cost: StepCost, *, max_nodes: int) -> Cut:
+    """The best beginning of the line.
 
-    def draft_tokens(self, *, num_sequences: int) -> int:
-        """Tokens to draft per sequence in the next step."""
-        since_probe = self._steps % _PROBE_EVERY_STEPS
-        if since_probe <= 1:
-            return self._max_tokens if since_probe == 0 else 0
-        return max(range(self._max_tokens + 1), key=lambda tokens: (self._goodput(tokens, num_sequences), -tokens))
+    Sorting apart, it costs as much as the beginning is long: it ends where a row that is not padding brings less than the step
+    without it, since those behind bring less still.
 
-    def _goodput(self, tokens: int, num_sequences: int) -> float:
-        """Expected tokens per second and sequence."""
-        gained = sum(self.acceptance**depth for depth in range(1, tokens + 1))
-        return (1.0 + gained) / self._cost.at(num_sequences * (1 + tokens))
+    Args:
+        worths: per node its chance of survival, times what a token of its sequence is worth; a parent stands before its children.
+        kv_tokens: per node the tokens of context that its row reads.
+        base: the step without them.
+        cost: of steps.
+        max_nodes: rows that the step has left.
+    """
+    order = sorted(range(len(worths)), key=worths.__getitem__, reverse=True)  # stable: of equals the parent stays first
+    row_s, kv_s = cost.per_row_s, cost.per_draft_kv_token_s
+    worth, computed = base.worth, cost.computed_rows(base.rows)
+    seconds = max(1e-9, base.spent_s + cost.at(sequences=base.sequences, rows=base.rows, kv_tokens=base.kv_tokens))
+    best, best_worth, best_s = 0, worth, seconds
+    for count, node in enumerate(order[:max_nodes], start=1):
+        if base.rows + count > computed:
+            if worths[node] * best_s < best_worth * row_s:  # nor would all the rows up to the next padding bring more
+                break
+            before, computed = computed, cost.computed_rows(base.rows + count)
+            seconds += (computed - before) * row_s
+        seconds += kv_tokens[node] * kv_s
+        worth += worths[node]
+        if worth * best_s > best_worth * seconds:
+            best, best_worth, best_s = count, worth, seconds
+    return Cut(tuple(order[:best]), best_worth, best_s)

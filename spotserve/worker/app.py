@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from spotserve.system_folder import SystemFolder, SystemRecord, process_name
 from spotserve.wire import Channel, bound_port, connect, listen
 from spotserve.worker.calibrate import calibrated
 from spotserve.worker.devices import gently
-from spotserve.worker.drain import carry_out
+from spotserve.worker.drain import LEAVE_BEFORE_DEADLINE_S, carry_out
 from spotserve.worker.options import WorkerOptions
 from spotserve.worker.rank_process import fork_ranks
 from spotserve.worker.remote_starter import RemoteStarter
@@ -213,6 +214,9 @@ class WorkerProcess:
         if replica is not None:
             replica.is_draining = True
             replica.suggested_replica_id = drain.fallback.destination_replica_id
+            left_s = drain.deadline_s - LEAVE_BEFORE_DEADLINE_S - self._clock.now_s()
+            deadline_s = time.perf_counter() + left_s  # the engine's clock does not jump
+            replica.thread.post(lambda engine: engine.finish_before(deadline_s))
         self._drains[drain.replica_id] = self._start_job(self._carry_out(drain))
 
     def _stop_draining(self, replica_id: str) -> None:
@@ -222,6 +226,7 @@ class WorkerProcess:
         replica = self._worker.led(replica_id)
         if replica is not None:
             replica.is_draining = False
+            replica.thread.post(lambda engine: engine.finish_before(None))
 
     async def _carry_out(self, drain: Drain) -> None:
         await carry_out(self._worker, drain, secret=self._secret, clock=self._clock, on_moved=self._report)

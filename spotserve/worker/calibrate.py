@@ -23,6 +23,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     threads: int
     device: DeviceType
+    on: str = "cpu"
+    """What it was measured on, as `EngineSettings.device` names it."""
 
 
 def calibrated(prior: InstanceType, settings: EngineSettings, folder: SystemFolder) -> InstanceType:
@@ -36,8 +38,9 @@ def calibrated(prior: InstanceType, settings: EngineSettings, folder: SystemFold
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         known = _read(path)
-        if known is None or (known.dtype, known.threads) != (settings.dtype, settings.threads):
-            known = Calibration(dtype=settings.dtype, threads=settings.threads, device=measured_device(prior.device, settings))
+        if known is None or (known.dtype, known.threads, known.on) != (settings.dtype, settings.threads, settings.device):
+            device = measured_device(prior.device, settings)
+            known = Calibration(dtype=settings.dtype, threads=settings.threads, device=device, on=settings.device)
             replace_file(path, msgspec.json.format(msgspec.json.encode(known)))
     finally:
         os.close(descriptor)

@@ -56,7 +56,8 @@ class OwnedSequence:
         return (TokenDelta(request_id=self.request.request_id, epoch=self.epoch, position=0, token_ids=earlier), progress)
 
     def extend(self, output: SequenceOutput) -> TokenDelta | None:
-        """Takes over what is new in `output`; returns it under this owner's epoch, None when nothing is new."""
+        """Takes over what is new in `output`; returns it under this owner's epoch, None when nothing is new. What was drafted
+        goes with it only when all of it is new: each accepted token is told of once."""
         known = len(self.token_ids) - output.position
         if self.finish_reason is not None or known < 0 or (known >= len(output.token_ids) and output.finish_reason is None):
             return None
@@ -64,6 +65,7 @@ class OwnedSequence:
         self.logprobs.extend((output.logprobs or ())[known:])
         self.gaps.extend((output.gaps or ())[known:])
         self.finish_reason, self.error = output.finish_reason, output.error
+        is_whole = known == 0
         return TokenDelta(
             request_id=output.request_id,
             epoch=self.epoch,
@@ -75,8 +77,9 @@ class OwnedSequence:
             error=output.error,
             recomputed_tokens=output.recomputed_tokens,
             cached_tokens=output.cached_tokens,
-            draft_tokens=output.draft_tokens,
-            accepted_tokens=output.accepted_tokens,
+            draft_tokens=output.draft_tokens if is_whole else 0,
+            accepted_tokens=output.accepted_tokens if is_whole else 0,
+            drafter=output.drafter if is_whole else "",
         )
 
 

@@ -5,6 +5,7 @@ thread that obeys the leader for those that others lead. Says what came of it; d
 """
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -17,10 +18,13 @@ from spotserve.core.errors import ModelError, PeerLost
 from spotserve.core.messages import Activate, Address, Deactivate, HeldSlot, KvHolder, SlotFailed, SlotReady, WorkerEvent
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import ReplicaPlan, Slot
+from spotserve.engine.bring_up import load_draft_model
+from spotserve.engine.draft_model import PagedDraftModel
 from spotserve.engine.engine import Engine
 from spotserve.engine.ranks.group import Group
 from spotserve.engine.ranks.leader import LinkedRanks, Ranks, SingleRank
 from spotserve.engine.ranks.pulse import watch
+from spotserve.engine.speculators import make_speculator
 from spotserve.engine.weights import OpenModel, open_model
 from spotserve.worker.devices import ChildDevice, DeviceDoor, OwnDevice, gently
 from spotserve.worker.engine_thread import EngineThread
@@ -28,6 +32,8 @@ from spotserve.worker.prefill import PrefillChunks
 from spotserve.worker.replicas import Fetcher, KvHome, LedReplica
 from spotserve.worker.slots import JOIN_TIMEOUT_S, Device, group_plan, nothing_to_do
 from spotserve.worker.worker import Worker
+
+log = logging.getLogger(__name__)
 
 
 class ReplicaStarter:
@@ -160,6 +166,7 @@ class ReplicaStarter:
             )
         device = self._devices[activate.device_index]
         leads = (activate.slot.stage, activate.slot.shard) == (0, 0)
+        draft_model = await self._load_draft_model(model) if leads else None
         if leads and device.rank != self._own.server.address:
             (pulled_bytes, _), joined = await asyncio.gather(device.bring_up(activate, model), gently(lambda: self._join(activate)))
             ranks: Ranks = LinkedRanks(None, joined)
@@ -171,7 +178,7 @@ class ReplicaStarter:
             group = up.group
             ranks = SingleRank(up.rank) if group is None else LinkedRanks(up.rank, group)
         if self._active.get(activate.slot) is activate:
-            self._lead(activate, ranks, model)
+            self._lead(activate, ranks, model, draft_model)
             if group is not None:  # an idle engine would not notice
                 group.on_broken(partial(self._broken_elsewhere, asyncio.get_running_loop(), activate))
         else:
@@ -184,6 +191,14 @@ class ReplicaStarter:
                 self._model = await gently(lambda: open_model(self._settings))
         return self._model
 
+    async def _load_draft_model(self, model: OpenModel) -> PagedDraftModel | None:
+        """The draft model of a replica that this worker leads; without it the replica serves all the same."""
+        try:
+            return await gently(lambda: load_draft_model(self._settings, model.catalogue.spec))
+        except ModelError as error:
+            log.warning("no draft model: %s", error)
+            return None
+
     def _join(self, activate: Activate) -> Group:
         """Joins the group of a replica as a leader without a slot."""
         group = Group(group_plan(activate, place=None, leads=True))
@@ -191,13 +206,14 @@ class ReplicaStarter:
         watch(group, silence_s=self._silence_s)
         return group
 
-    def _lead(self, activate: Activate, ranks: Ranks, model: OpenModel) -> None:
+    def _lead(self, activate: Activate, ranks: Ranks, model: OpenModel, draft_model: PagedDraftModel | None) -> None:
         spec, parallel = model.catalogue.spec, activate.replica.parallel
         settings = self._settings.model_copy(update={"max_batch": parallel.max_batch})
         chunks = None
         if parallel.pipeline > 1:
             chunks = PrefillChunks(num_stages=parallel.pipeline, max_tokens=settings.max_step_tokens)
-        engine = Engine(ranks, settings, spec=spec, end_token_ids=model.end_token_ids, chunks=chunks)
+        speculator = make_speculator(settings, draft_model)
+        engine = Engine(ranks, settings, spec=spec, end_token_ids=model.end_token_ids, speculator=speculator, chunks=chunks)
         thread = EngineThread(engine, on_step=self._worker.on_step, on_failure=partial(self._broken, activate))
         fetcher = Fetcher(
             activate, spec, dtype=self._settings.dtype, own=self._own.server.address, memory=self._own.memory, secret=self._secret

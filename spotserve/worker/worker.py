@@ -32,6 +32,7 @@ from spotserve.core.messages import (
 from spotserve.core.request import FinishReason, Request, TokenDelta
 from spotserve.engine.results import FrozenSequence, StepResult
 from spotserve.engine.serving import ServingEngine
+from spotserve.speculation.acceptance import SequenceAcceptance
 from spotserve.wire import Channel
 from spotserve.worker.commits import Committer
 from spotserve.worker.ownership import OwnedSequence, Ownership
@@ -281,6 +282,7 @@ class Worker:
             parallel=replica.home.parallel,
             holders=replica.home.holders,
             dtype=replica.home.dtype,
+            learned={drafter: (known.accepted, known.expected) for drafter, known in frozen.learned.items()},
         )
 
     def ship(self, hand_over: HandOver, destination_replica_id: str) -> None:
@@ -379,7 +381,10 @@ class Worker:
             InvalidRequest: it is none that this model can go on with.
         """
         frozen = FrozenSequence(
-            request=hand_over.request, output_token_ids=hand_over.emitted_token_ids, computed_tokens=hand_over.computed_tokens
+            request=hand_over.request,
+            output_token_ids=hand_over.emitted_token_ids,
+            computed_tokens=hand_over.computed_tokens,
+            learned={drafter: SequenceAcceptance(*counts) for drafter, counts in hand_over.learned.items()},
         )
         home = KvHome(hand_over.parallel, hand_over.holders, hand_over.dtype)
         kv_bytes = 0

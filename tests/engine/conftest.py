@@ -12,7 +12,7 @@ from spotserve.config import EngineSettings
 from spotserve.core.request import FinishReason, Request, SamplingParams, TokenLogprob
 from spotserve.engine.bring_up import lone_engine
 from spotserve.engine.engine import Engine
-from spotserve.speculation.drafter import Drafter
+from spotserve.speculation.speculator import Speculator
 
 VOCABULARY_SIZE = 96
 
@@ -56,9 +56,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_engine(tiny_llama: Path) -> Callable[..., Engine]:
     """An engine on the tiny Llama, float64 and without speculation unless asked otherwise."""
 
-    def make(*, drafter: Drafter | None = None, **settings: object) -> Engine:
+    def make(*, speculator: Speculator | None = None, **settings: object) -> Engine:
         given = {"model": str(tiny_llama), "dtype": "float64", "speculation": "off", "kv_tokens": 4096, **settings}
-        return lone_engine(EngineSettings.model_validate(given), drafter=drafter)
+        return lone_engine(EngineSettings.model_validate(given), speculator=speculator)
 
     return make
 

@@ -17,6 +17,7 @@ from spotserve.engine.batch import RowLayout, slot_of
 from spotserve.engine.scheduler import ScheduledSequence
 from spotserve.engine.sequence import Sequence as Progress
 from spotserve.engine.sequence import new_sequence
+from spotserve.speculation.speculator import ChosenDraft
 from spotserve.speculation.tree import EMPTY_TREE, ROOT, DraftTree
 from tests.engine.stage_scene import BLOCK_TOKENS, Pipeline
 
@@ -84,7 +85,7 @@ class Mixes:
         draft = EMPTY_TREE
         if num_tokens == pending and self._random.random() < 0.6:
             draft = self._draft(text[len(sequence.token_ids) : len(text) - 1])
-        return ScheduledSequence(sequence, num_tokens, draft)
+        return ScheduledSequence(sequence, num_tokens, ChosenDraft(draft, "test"))
 
     def _draft(self, ahead: Sequence[int]) -> DraftTree:
         """A tree whose tokens are right half of the time, some of them next to wrong ones."""

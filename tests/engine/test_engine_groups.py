@@ -3,6 +3,7 @@
 from collections import deque
 
 import pytest
+from drafts import chains_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,6 @@ from spotserve.core.request import Request, SamplingParams
 from spotserve.engine.blocks import BlockPool
 from spotserve.engine.scheduler import ChunkTokens, Schedule, Scheduler
 from spotserve.engine.sequence import Sequence, new_sequence, seniority_of
-from spotserve.speculation.tree import DraftTree
 
 
 def sequence_of(number: int, *, prompt: int = 4, output: int = 1000) -> Sequence:
@@ -178,7 +178,7 @@ def test_a_draft_leaves_the_other_groups_a_block_to_grow_into() -> None:
         pipeline.scheduler.add(sequence)
     pipeline.issue()
     pipeline.land()
-    schedule = pipeline.scheduler.schedule(lambda _, limit: DraftTree.chain([8] * limit))
+    schedule = pipeline.scheduler.schedule(chains_of(8))
     assert [(entry.sequence, len(entry.draft)) for entry in schedule.entries] == [(drafting, 7)]
     assert [entry.sequence for entry in pipeline.issue().entries] == [plain]
 

@@ -5,12 +5,15 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from drafts import DrafterOf
 
 from spotserve.core.request import Request
 from spotserve.core.ties import near_tie_gap
 from spotserve.engine.engine import Engine
 from spotserve.engine.ranks.memory import RankMemory
 from spotserve.engine.results import FrozenSequence
+from spotserve.speculation.drafter import DraftTask
+from spotserve.speculation.fixed import FixedSpeculator
 from spotserve.speculation.tree import ROOT, DraftTree
 
 DTYPES = ["float64", "float32", "bfloat16"]
@@ -149,8 +152,8 @@ class LeakyOracle:
         self._answers, self._prompts, self._branching = answers, prompts, branching
         self._chance = random.Random(5)
 
-    def propose(self, sequence_id: str, token_ids: Sequence[int], *, max_tokens: int) -> DraftTree:
-        ahead = self._answers[sequence_id][len(token_ids) - self._prompts[sequence_id] :]
+    def draft(self, task: DraftTask) -> DraftTree:
+        ahead = self._answers[task.sequence_id][len(task.token_ids) - self._prompts[task.sequence_id] :]
         nodes: list[int] = []
         parents: list[int] = []
         right = ROOT
@@ -163,10 +166,10 @@ class LeakyOracle:
             nodes.append(token_id if self._chance.random() < 0.8 else (token_id + 1) % 96)
             parents.append(before)
             right = len(nodes) - 1
-        return DraftTree(tuple(nodes), tuple(parents)).cut(max_tokens)
+        return DraftTree(tuple(nodes), tuple(parents)).cut(task.max_depth)
 
-    def forget(self, sequence_id: str) -> None:
-        pass
+    def speculator(self) -> FixedSpeculator:
+        return FixedSpeculator(DrafterOf(self.draft), max_depth=12)
 
 
 @pytest.mark.parametrize("branching", [False, True])
@@ -182,7 +185,7 @@ def test_drafted(
 ) -> None:
     prompts = {name: len(request_of(make_request, name).prompt_token_ids) for name in NAMES}
     oracle = LeakyOracle({name: got.token_ids for name, got in alone.items()}, prompts, branching=branching)
-    engine = make_engine(dtype=dtype, speculation="ngram:12", drafter=oracle, block_tokens=4)
+    engine = make_engine(dtype=dtype, speculator=oracle.speculator(), block_tokens=4)
     collected = {}
     for name in NAMES:
         engine.add(request_of(make_request, name))
@@ -203,7 +206,7 @@ def test_stop_inside_an_accepted_run_trims_what_follows(
     stop = answer[5]
     end = answer.index(stop) + 1
     oracle = LeakyOracle({name: answer}, {name: 20}, branching=False)
-    engine = make_engine(dtype=dtype, speculation="ngram:12", drafter=oracle)
+    engine = make_engine(dtype=dtype, speculator=oracle.speculator())
     engine.add(request_of(make_request, name, stop_token_ids=(stop,)))
     got = collect(engine)[name]
     assert got.token_ids == answer[:end]

@@ -78,7 +78,7 @@ def test_weights_of_8_bits_are_off_by_half_a_step_at_most(shape: tuple[int, int]
 
 def test_weights_of_8_bits_want_bfloat16() -> None:
     with pytest.raises(ModelError, match="bfloat16, not with float32"):
-        linear_map(torch.zeros(4, 4), None, quantization="int8")
+        linear_map(torch.zeros(4, 4, dtype=torch.float32), None, quantization="int8")
 
 
 @torch.inference_mode()

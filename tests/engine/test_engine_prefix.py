@@ -3,6 +3,7 @@
 from hashlib import blake2b
 
 import pytest
+from drafts import chains_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,6 @@ from spotserve.engine.blocks import BlockPool
 from spotserve.engine.prefix import PrefixChain
 from spotserve.engine.scheduler import Schedule, Scheduler
 from spotserve.engine.sequence import Sequence, new_sequence, seniority_of
-from spotserve.speculation.tree import DraftTree
 
 token_lists = st.lists(st.integers(5, 6), min_size=0, max_size=14)
 
@@ -188,7 +188,7 @@ def test_accepted_drafts_are_published_and_rejected_ones_are_not() -> None:
     first = sequence_of([5] * 4)
     scheduler.add(first)
     step(scheduler)
-    schedule = scheduler.schedule(lambda _, limit: DraftTree.chain([8] * min(limit, 11)))
+    schedule = scheduler.schedule(chains_of(8, most=11))
     first.advance(1)
     first.token_ids.extend([8, 9])
     first.advance(1)

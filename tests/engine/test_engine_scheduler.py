@@ -1,5 +1,6 @@
 """The scheduler alone: budgets, fairness and blocks, with a stand-in for the model that says token 7 for ever."""
 
+from drafts import chains_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -7,7 +8,6 @@ from spotserve.core.request import Request, SamplingParams
 from spotserve.engine.blocks import BlockPool
 from spotserve.engine.scheduler import Scheduler
 from spotserve.engine.sequence import Sequence, new_sequence
-from spotserve.speculation.tree import DraftTree
 
 CONTEXT_TOKENS = 40
 
@@ -50,15 +50,12 @@ def test_everything_ends_within_budget(
     arriving = [sequence_of(str(i), seniority=i, prompt=prompt, output=output) for i, (prompt, output) in enumerate(shapes)]
     unfinished = list(arriving)
 
-    def propose(sequence: Sequence, limit: int) -> DraftTree:
-        return DraftTree.chain([7] * min(limit, draft_tokens))
-
     for step in range(3000):
         while arriving and (step >= late or len(arriving) > len(shapes) // 2):
             scheduler.add(arriving.pop(0))
         oldest = next((sequence for sequence in unfinished if sequence not in arriving), None)
         before = None if oldest is None else (len(oldest.token_ids), oldest.computed_tokens)
-        schedule = scheduler.schedule(propose if draft_tokens else None)
+        schedule = scheduler.schedule(chains_of(7, most=draft_tokens) if draft_tokens else None)
         assert schedule.num_tokens <= max_step_tokens
         assert scheduler.num_running <= max_batch
         assert len({id(entry.sequence) for entry in schedule.entries}) == len(schedule.entries)
@@ -99,13 +96,13 @@ def test_decoding_comes_before_prompts_and_prompts_before_drafts() -> None:
     first.token_ids.append(7)
     scheduler.landed(schedule)
     scheduler.add(second)
-    schedule = scheduler.schedule(lambda _, limit: DraftTree.chain([7] * limit))
+    schedule = scheduler.schedule(chains_of(7))
     assert [(entry.sequence, entry.num_tokens, len(entry.draft)) for entry in schedule.entries] == [(first, 1, 0), (second, 7, 0)]
     first.advance(1)
     first.token_ids.append(7)
     second.advance(7)
     scheduler.landed(schedule)
-    schedule = scheduler.schedule(lambda _, limit: DraftTree.chain([7] * limit))
+    schedule = scheduler.schedule(chains_of(7))
     assert [(entry.num_tokens, len(entry.draft)) for entry in schedule.entries] == [(1, 2), (5, 0)]
 
 

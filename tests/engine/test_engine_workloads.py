@@ -4,6 +4,7 @@ ids whose key and value are there: whatever is shared, evicted, cancelled, draft
 from collections import deque
 from dataclasses import dataclass, field
 
+from drafts import chains_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,6 @@ from spotserve.core.request import Request, SamplingParams
 from spotserve.engine.blocks import BlockPool
 from spotserve.engine.scheduler import Schedule, Scheduler
 from spotserve.engine.sequence import Sequence, new_sequence, seniority_of
-from spotserve.speculation.tree import DraftTree
 
 CONTEXT_TOKENS = 40
 SAID = 7
@@ -166,7 +166,7 @@ def test_every_step_finds_its_keys_and_everything_ends(
             alive.remove(sequence)
         running = list(scheduler.sequences())[: scheduler.num_running]
         untouchable = busy()
-        schedule = scheduler.schedule(lambda _, limit: DraftTree.chain([SAID] * min(limit, drafted)))
+        schedule = scheduler.schedule(chains_of(SAID, most=drafted))
         scheduled = [entry.sequence for entry in schedule.entries]
         assert schedule.num_tokens <= max_step_tokens
         assert scheduler.num_running <= max_batch

@@ -41,6 +41,9 @@ class Reply:
     """Tokens per delta."""
     end_apart: bool = False
     """The finish reason comes in an empty delta of its own."""
+    draft_tokens: int = 0
+    """Drafted for every delta, which accepts all of its tokens but the last; 0: nothing was drafted."""
+    drafter: str = "ngram"
     hold_at: int | None = None
     """Wait before this position until `ScriptedSource.go` is set, or the request is cancelled."""
 
@@ -94,6 +97,9 @@ class ScriptedStream:
             gaps=gaps,
             finish_reason=finish,
             error=self.reply.error if finish is FinishReason.FAILED else None,
+            draft_tokens=self.reply.draft_tokens if token_ids else 0,
+            accepted_tokens=min(self.reply.draft_tokens, len(token_ids) - 1) if token_ids else 0,
+            drafter=self.reply.drafter if token_ids and self.reply.draft_tokens else "",
         )
 
 

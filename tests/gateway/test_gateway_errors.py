@@ -111,6 +111,8 @@ CHAT_FIELDS = [
     ({"guided_json": {}}, 400, "guided_json", "unsupported_parameter"),
     ({"echo": True}, 400, "echo", "unsupported_parameter"),
     ({"chat_template_kwargs": []}, 400, "chat_template_kwargs", None),
+    ({"return_speculation": "yes"}, 400, "return_speculation", None),
+    ({"return_speculation": 1}, 400, "return_speculation", None),
 ]
 
 
@@ -148,6 +150,7 @@ def test_chat_refuses_with_the_field_named(app, fields, status, param, code):
         ({"logprobs": 21}, "logprobs", None),
         ({"logprobs": True}, "logprobs", None),
         ({"use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
+        ({"return_speculation": "yes"}, "return_speculation", None),
     ],
 )
 def test_completions_refuse_with_the_field_named(app, fields, param, code):

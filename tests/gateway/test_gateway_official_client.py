@@ -56,6 +56,22 @@ def test_chat_completions_and_models_over_a_socket(source_of, says, tokenizer):
         assert "".join(chunk.choices[0].text for chunk in texts) == TEXT
 
 
+def test_the_client_reads_what_became_of_draft_tokens(source_of, says, tokenizer):
+    reply = says(TEXT, group=3, draft_tokens=5)
+    with client_of_server(build_app(source_of(reply), tokenizer)) as client:
+        asked = {"model": MODEL, "messages": MESSAGES, "extra_body": {"return_speculation": True}}
+        whole = client.chat.completions.create(**asked)
+        *_, last = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        for usage in (whole.usage, last.usage):
+            details = usage.completion_tokens_details
+            steps = -(-len(reply.token_ids) // 3)
+            assert details.accepted_prediction_tokens == len(reply.token_ids) - steps
+            assert details.accepted_prediction_tokens + details.rejected_prediction_tokens == 5 * steps
+            assert details.speculation["num_spec_steps"] == steps
+            assert details.speculation["mean_acceptance_length"] == len(reply.token_ids) / steps
+        assert client.chat.completions.create(model=MODEL, messages=MESSAGES).usage.completion_tokens_details is None
+
+
 def test_the_client_retries_what_will_pass_and_raises_the_rest(source_of, says, tokenizer):
     source = source_of(says(TEXT), overloads=1, crashes=1)
     with client_of_server(build_app(source, tokenizer), max_retries=2) as client:

@@ -44,13 +44,14 @@ VARIANTS = {
     "stop text": {"prompt": "hi", "stop": ["STOP"], "include_stop_str_in_output": True},
     "logprobs": {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 1, "stop": "STOP"},
     "extras": {"prompt": "hi", "return_token_ids": True, "return_gaps": True, "logprobs": 0},
+    "speculation": {"prompt": "hi", "return_speculation": True, "stop": "STOP"},
 }
 
 
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cut_after_every_event_the_stream_goes_on_in_another_gateway(source_of, says, tokenizer, variant, group):
-    source = source_of(says(TEXT, group=group))
+    source = source_of(says(TEXT, group=group, draft_tokens=4))
 
     async def go():
         whole = await open_stream(build_app(source, tokenizer), **VARIANTS[variant], max_tokens=200)

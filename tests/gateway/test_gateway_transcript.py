@@ -54,7 +54,8 @@ def test_every_reader_gets_each_position_once_and_in_order(pieces: list[TokenDel
         for turn, piece in enumerate(pieces):
             reading += [asyncio.create_task(read(transcript)) for start in readers if start == turn]
             before = len(transcript.token_ids)
-            assert transcript.extend(piece) == len(transcript.token_ids) - before
+            new = transcript.extend(piece)
+            assert (len(new.token_ids) if new is not None else 0) == len(transcript.token_ids) - before
             await asyncio.sleep(0)
         reading += [asyncio.create_task(read(transcript)) for start in readers if start >= len(pieces)]
         for got in await asyncio.wait_for(asyncio.gather(*reading), 5):
@@ -75,8 +76,8 @@ def test_every_reader_gets_each_position_once_and_in_order(pieces: list[TokenDel
 
 def test_what_begins_beyond_the_end_is_not_taken() -> None:
     transcript = Transcript(request())
-    assert transcript.extend(delta(1, 1, 4)) == 0
-    assert transcript.extend(delta(1, 3, 3, finish=FinishReason.STOP)) == 0
+    assert transcript.extend(delta(1, 1, 4)) is None
+    assert transcript.extend(delta(1, 3, 3, finish=FinishReason.STOP)) is None
     assert not transcript.is_finished
 
 
@@ -90,9 +91,21 @@ def test_an_end_without_tokens_is_taken() -> None:
 def test_nothing_extends_a_finished_transcript() -> None:
     transcript = Transcript(request())
     transcript.extend(delta(1, 0, 3, finish=FinishReason.STOP))
-    assert transcript.extend(delta(1, 0, 3, finish=FinishReason.STOP)) == 0
-    assert transcript.extend(delta(1, 3, 5)) == 0
+    assert transcript.extend(delta(1, 0, 3, finish=FinishReason.STOP)) is None
+    assert transcript.extend(delta(1, 3, 5)) is None
     assert transcript.token_ids == [100, 101, 102]
+
+
+def test_a_draft_counts_when_all_of_its_step_is_new() -> None:
+    transcript = Transcript(request())
+    drafted = {"draft_tokens": 4, "accepted_tokens": 2, "drafter": "ngram"}
+    new = transcript.extend(delta(1, 0, 3, **drafted))
+    assert new is not None
+    assert (new.draft_tokens, new.accepted_tokens, new.drafter) == (4, 2, "ngram")
+    again = transcript.extend(delta(1, 2, 5, **drafted))
+    assert again is not None
+    assert again.token_ids == (103, 104)
+    assert (again.draft_tokens, again.accepted_tokens, again.drafter) == (0, 0, "")
 
 
 @pytest.mark.parametrize("sampling", [{"logprobs": 0}, {"gaps": True}])

@@ -14,6 +14,7 @@ from spotserve.core.plan import Parallel, ReplicaPlan, Slot
 from spotserve.engine.engine import Engine
 from spotserve.engine.ranks.leader import LinkedRanks, Ranks, SingleRank
 from spotserve.engine.weights import OpenModel
+from spotserve.speculation.speculator import Speculator
 from spotserve.worker.replicas import Fetcher, KvHome
 from spotserve.worker.slots import Device, SlotUp
 
@@ -67,6 +68,7 @@ def start(
     *,
     transfers: Mapping[Slot, tuple[WeightTransfer, ...]] | None = None,
     epoch: int = 1,
+    speculator: Speculator | None = None,
 ) -> Replica:
     """Brings a replica up on the first devices, stage by stage."""
     cut = shape[2] if len(shape) > 2 else ()
@@ -101,7 +103,7 @@ def start(
         activate, model.catalogue.spec, dtype=settings.dtype, own=used[0].server.address, memory=used[0].memory, secret=SECRET
     )
     holders = tuple(KvHolder(member.slot.stage, member.slot.shard, member.rank) for member in members)
-    engine = Engine(ranks, settings, spec=model.catalogue.spec, end_token_ids=model.end_token_ids)
+    engine = Engine(ranks, settings, spec=model.catalogue.spec, end_token_ids=model.end_token_ids, speculator=speculator)
     return Replica(replica, engine, used, ups, fetcher, KvHome(replica.parallel, holders, settings.dtype))
 
 

@@ -90,7 +90,7 @@ def fetch_kv(request: FetchKv, memory: RankMemory, own: Address, readers: Reader
             continue
         span = range(heads[0], heads[-1] + 1)
         if source.rank == own:
-            parts = [memory.read_kv(request.key, layer, span).cpu() for layer in common]
+            parts = [memory.read_kv(request.key, layer, span) for layer in common]
         else:
             parts = [torch.empty((request.num_tokens, 2, len(span), request.head_size), dtype=dtype) for _ in common]
             ask = ReadKv(request.key, Units(common[0], common[-1] + 1), Units(span.start, span.stop))

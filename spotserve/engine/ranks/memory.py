@@ -24,6 +24,7 @@ class HeldWeights:
 
     stage_slice: StageSlice
     tensors: Mapping[str, torch.Tensor]
+    """In the processor's memory, wherever the slice is computed."""
     cuts: Mapping[str, TensorCut]
 
 
@@ -92,7 +93,7 @@ class RankMemory:
             self._kv = {key: held for key, held in self._kv.items() if held.cache is not cache}
 
     def read_kv(self, key: str, layer: int, heads: range) -> torch.Tensor:
-        """A copy [tokens, 2, heads, head_size].
+        """A copy [tokens, 2, heads, head_size] in the processor's memory.
 
         Raises:
             PeerLost: nobody holds it here, not even after a while.

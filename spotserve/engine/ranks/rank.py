@@ -4,7 +4,7 @@ A rank is given steps in the order in which the leader issued them and finishes 
 blocks safe to use again, whoever computes. A rank in the leader's own process is called directly; the others obey a link.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -12,6 +12,8 @@ from spotserve.core.errors import PeerLost
 from spotserve.engine.attention import KvCache
 from spotserve.engine.batch import GroupLayout, StepLayout
 from spotserve.engine.cuts import StageSlice
+from spotserve.engine.fused import FusedStage
+from spotserve.engine.graphs import RecordedSteps
 from spotserve.engine.ranks.group import Group, from_bytes, neighbours, receive_hidden, send_hidden
 from spotserve.engine.ranks.memory import HeldKv, RankMemory
 from spotserve.engine.ranks.messages import (
@@ -56,6 +58,7 @@ class Rank:
         self.cache = cache
         self._samples = stage_slice.is_last and stage_slice.shard == 0
         self._sampler = Sampler(vocabulary_size=vocabulary_size, device=cache.device) if self._samples else None
+        self._recorded = RecordedSteps(stage, cache) if group is None and _queues_all(stage, cache) else None
         self._previous, self._next = (None, None) if group is None else neighbours(group)
 
     def compute(self, layout: StepLayout, logit_rows: Sequence[int], sampling: Sequence[SamplingRow] | None) -> list[SampledToken]:
@@ -68,24 +71,29 @@ class Rank:
             PeerLost: another rank is gone.
         """
         with torch.inference_mode():
-            rows = layout.bind(self.cache)
-            hidden = self._receive(rows.token_ids.shape[0])
-            if not self._slice.is_last:
-                self._send(self._stage(rows, hidden, None))
-                return []
-            logits = self._logits(rows.token_ids.device, lambda wanted: self._stage(rows, hidden, wanted), logit_rows)
-            if self._sampler is None or not logit_rows:
-                return []
-            if sampling is None:
-                return [SampledToken(token_id) for token_id in greedy(logits)]
-            return self._sampler.sample(logits, sampling)
+            logits = self.forward(layout, logit_rows)
+        if logits is None or self._sampler is None or not logit_rows:
+            return []
+        with torch.inference_mode():
+            return self._sample(logits, sampling)
 
-    def _logits(
-        self, device: torch.device, forward: Callable[[torch.Tensor], torch.Tensor], logit_rows: Sequence[int]
-    ) -> torch.Tensor:
-        """Runs even when nobody samples: prompts in the making need their keys all the same."""
-        wanted = torch.tensor(list(logit_rows), dtype=torch.int64, device=device)
-        return forward(wanted)[:, : self._vocabulary_size]
+    def forward(self, layout: StepLayout, logit_rows: Sequence[int]) -> torch.Tensor | None:
+        """`compute` without the choice: logits [logit_rows, vocabulary], valid until the next call; None: a later stage has it."""
+        if self._recorded is not None:
+            return self._recorded.logits(layout, logit_rows)[:, : self._vocabulary_size]
+        rows = layout.bind(self.cache, logit_rows)
+        hidden = self._receive(rows.token_ids.shape[0])
+        if not self._slice.is_last:
+            self._send(self._stage(rows, hidden, None))
+            return None
+        # Runs even when nobody samples: prompts in the making need their keys all the same.
+        return self._stage(rows, hidden, rows.logit_rows)[:, : self._vocabulary_size]
+
+    def _sample(self, logits: torch.Tensor, sampling: Sequence[SamplingRow] | None) -> list[SampledToken]:
+        assert self._sampler is not None
+        if sampling is None:
+            return [SampledToken(token_id) for token_id in greedy(logits)]
+        return self._sampler.sample(logits, sampling)
 
     def move_slots(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """Copies KV between slots."""
@@ -177,6 +185,11 @@ class Rank:
         except PeerLost as error:
             assert self._group is not None
             raise self._group.lost(error) from error
+
+
+def _queues_all(stage: Stage, cache: KvCache) -> bool:
+    """Whether a step of this stage is GPU work alone, started without looking at any of it."""
+    return cache.device.type == "cuda" and isinstance(stage, FusedStage)
 
 
 def _layout(order: Compute) -> StepLayout:

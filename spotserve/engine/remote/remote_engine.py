@@ -188,6 +188,10 @@ class RemoteEngine:
         del frozen
         return False
 
+    def finish_before(self, deadline_s: float | None) -> None:
+        """Nothing: how the server speculates is its own affair."""
+        del deadline_s
+
     def reports(self) -> tuple[SequenceReport, ...]:
         """Every sequence, as the controller needs to know it: none has KV that could be moved."""
         return tuple(
