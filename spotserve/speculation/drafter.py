@@ -97,3 +97,14 @@ class ModelDrafter(Drafter, Protocol):
     def propose_while(self, tasks: Sequence[DraftTask], go_on: GoOn) -> list[Draft]:
         """`propose`, which ends early where `go_on` says so."""
         ...
+
+
+def one_for_each(tasks: Sequence[DraftTask], drafts: Sequence[Draft]) -> Sequence[Draft]:
+    """The drafts, if there is one for each task.
+
+    Raises:
+        ValueError: there is not; whose draft is whose cannot be known.
+    """
+    if len(drafts) != len(tasks):
+        raise ValueError(f"{len(drafts)} drafts for {len(tasks)} tasks: expected one for each, in their order")
+    return drafts

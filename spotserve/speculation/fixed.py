@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from spotserve.speculation.drafter import Drafter, DraftTask
+from spotserve.speculation.drafter import Drafter, DraftTask, one_for_each
 from spotserve.speculation.speculator import NO_DRAFT, ChosenDraft, SequenceState, StepSeen
 from spotserve.speculation.tree import DraftTree
 
@@ -63,7 +63,8 @@ def verified_whole(drafter: Drafter, tasks: Sequence[DraftTask], limits: Sequenc
     if not able or max_nodes <= 0:
         return chosen
     try:
-        drafts = drafter.propose([tasks[index] for index in able])
+        asked = [tasks[index] for index in able]
+        drafts = one_for_each(asked, drafter.propose(asked))
     except Exception:
         log.exception("drafter %s failed; this step goes on without it", drafter.name)
         return chosen

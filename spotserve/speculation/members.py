@@ -8,7 +8,7 @@ from typing import Final
 
 from spotserve.speculation.acceptance import Acceptance, cells_of
 from spotserve.speculation.cost import PassCostFit, StepCost
-from spotserve.speculation.drafter import Draft, Drafter, DraftTask, GoOn, ModelDrafter
+from spotserve.speculation.drafter import Draft, Drafter, DraftTask, GoOn, ModelDrafter, one_for_each
 from spotserve.speculation.goodput import Base
 from spotserve.speculation.labels import DraftLabeller
 
@@ -130,7 +130,7 @@ class Member:
         """A draft for each task; None when it failed: it is dropped for the step, and left alone for some."""
         started_s = clock()
         try:
-            drafts = self.drafter.propose(tasks)
+            drafts = one_for_each(tasks, self.drafter.propose(tasks))
         except Exception:  # noqa: BLE001 -- whatever a drafter raises, it only saves time: the request goes on without it
             self._failed(step)
             return None
@@ -231,7 +231,7 @@ class ModelMember(Member):
         """See `Member.drafts` and `ModelDrafter.propose_while`."""
         started_s = clock()
         try:
-            drafts = self.model.propose_while(tasks, go_on)
+            drafts = one_for_each(tasks, self.model.propose_while(tasks, go_on))
         except Exception:  # noqa: BLE001 -- whatever a drafter raises, it only saves time: the request goes on without it
             self._failed(step)
             return None

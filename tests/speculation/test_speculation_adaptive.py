@@ -1,15 +1,17 @@
 """The adaptive speculator beside its pace: drafters that fail, looks that cost little, deadlines, and what it leaves behind."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from played import PlayedClock, PlayedDrafter, PlayedEngine, goodput
-from scenes import CPU, GPU, HOST, LARGE, SMALL, Level, Scene, best_fixed_goodput, expected_goodput, fixed_goodput
+from scenes import CPU, GPU, HOST, LARGE, SMALL, Level, Scene, best_fixed_goodput, drafting, expected_goodput, fixed_goodput
 
 from spotserve.core.request import SamplingParams
 from spotserve.speculation.adaptive import AdaptiveSpeculator
 from spotserve.speculation.cost import PassCost, StepCost
 from spotserve.speculation.drafter import Draft, DraftTask, GoOn
+from spotserve.speculation.fixed import FixedSpeculator
 
 
 def test_a_models_work_on_prompts_is_an_investment_and_no_failure() -> None:
@@ -44,6 +46,27 @@ def test_a_drafter_that_fails_costs_its_drafts_only_and_is_tried_again(price: fl
     scene.drafter.fails = False
     scene.steps(128)
     assert expected_goodput(scene.steps(50), 0.9) >= 0.93 * best_fixed_goodput(GPU, 4, 0.9, price)
+
+
+class OneTooFew(PlayedDrafter):
+    """Loses the last draft of a batch."""
+
+    def propose(self, tasks: Sequence[DraftTask]) -> list[Draft]:
+        return super().propose(tasks)[:-1]
+
+
+def test_a_drafter_that_loses_a_draft_has_failed() -> None:
+    """Whose draft is whose cannot be known: none is used, and the step goes on."""
+    clock = PlayedClock()
+    for speculator in (
+        AdaptiveSpeculator((OneTooFew(clock, drafting(GPU, 0.0), lambda _: 0.9),), clock=clock),
+        FixedSpeculator(OneTooFew(clock, drafting(GPU, 0.0), lambda _: 0.9), max_depth=3),
+    ):
+        engine = PlayedEngine(speculator, GPU, clock)
+        for index in range(3):
+            engine.start(f"s{index}")
+        steps = [engine.step() for _ in range(20)]
+        assert all((step.tokens, step.draft_nodes) == (3, 0) for step in steps)
 
 
 def remembered(speculator: AdaptiveSpeculator) -> int:
