@@ -74,7 +74,7 @@ class AdaptiveSpeculator:
         """Spent in this step on lags, for steps to come; below, what of that was not charged to any yet."""
         self._owed_s = 0.0
         self._alike = 0
-        """Steps in a row that speculated and had as many rows as the last one, which were"""
+        """Steps in a row that speculated and had as many rows as the one before."""
         self._last_rows = 0
         self._deadline_s: float | None = None
 

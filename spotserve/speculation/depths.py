@@ -39,7 +39,7 @@ class Candidates:
         """Worth per second with the drafts that there are by other means."""
         nodes = self.other_nodes
         read = base.kv_tokens + cost.kv_reread * float((nodes * self.contexts).sum())
-        step_s = base.spent_s + cost.at(sequences=base.sequences, rows=base.rows + float(nodes.sum()), kv_tokens=read)
+        step_s = cost.at(sequences=base.sequences, rows=base.rows + float(nodes.sum()), kv_tokens=read)
         return (base.worth + float(self.other_worths.sum())) / step_s
 
 
@@ -94,7 +94,7 @@ def _best_at_price(
             )
         ]
     )
-    goodputs = np.where(passes > 0, worth / (base.spent_s + step_s), 0.0)
+    goodputs = np.where(passes > 0, worth / step_s, 0.0)
     deepest = int(goodputs.argmax())
     if goodputs[deepest] <= best.goodput:
         return best

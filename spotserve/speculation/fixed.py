@@ -10,11 +10,11 @@ from spotserve.speculation.tree import DraftTree
 log = logging.getLogger(__name__)
 
 
-class FixedSpeculator:
-    """See `Speculator`."""
+class OneDrafter:
+    """What speculators have in common that always ask the same drafter, for all sequences alike."""
 
     def __init__(self, drafter: Drafter, *, max_depth: int) -> None:
-        """`max_depth` tokens are drafted, 1 at least."""
+        """`max_depth` tokens are drafted at most, 1 at least."""
         assert max_depth >= 1
         self._drafter = drafter
         self._max_depth = max_depth
@@ -23,6 +23,24 @@ class FixedSpeculator:
     def max_depth(self) -> int:
         """See `Speculator.max_depth`."""
         return self._max_depth
+
+    def finish_before(self, deadline_s: float | None) -> None:
+        """Goes on as ever."""
+
+    def state(self, sequence_id: str) -> SequenceState:  # noqa: ARG002 -- the protocol's
+        """Nothing is learned of single sequences."""
+        return {}
+
+    def adopt(self, sequence_id: str, state: SequenceState) -> None:
+        """Nothing is learned of single sequences."""
+
+    def forget(self, sequence_id: str, token_ids: Sequence[int]) -> None:
+        """See `Speculator.forget`."""
+        self._drafter.forget(sequence_id, token_ids)
+
+
+class FixedSpeculator(OneDrafter):
+    """See `Speculator`."""
 
     def propose(
         self,
@@ -40,20 +58,6 @@ class FixedSpeculator:
 
     def observe_step(self, seen: StepSeen) -> None:
         """Learns nothing."""
-
-    def finish_before(self, deadline_s: float | None) -> None:
-        """Goes on as ever."""
-
-    def state(self, sequence_id: str) -> SequenceState:  # noqa: ARG002 -- the protocol's
-        """Nothing was learned."""
-        return {}
-
-    def adopt(self, sequence_id: str, state: SequenceState) -> None:
-        """Learns nothing."""
-
-    def forget(self, sequence_id: str, token_ids: Sequence[int]) -> None:
-        """See `Speculator.forget`."""
-        self._drafter.forget(sequence_id, token_ids)
 
 
 def verified_whole(drafter: Drafter, tasks: Sequence[DraftTask], limits: Sequence[int], max_nodes: int) -> Sequence[ChosenDraft]:

@@ -21,8 +21,6 @@ class Base:
     kv_tokens: int
     worth: float
     """What its tokens are worth together: one each, unless some are wanted more."""
-    spent_s: float = 0.0
-    """What was spent on drafting already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,7 @@ def best_cut(worths: Sequence[float], kv_tokens: Sequence[int], base: Base, cost
     order = sorted(range(len(worths)), key=worths.__getitem__, reverse=True)  # stable: of equals the parent stays first
     row_s, kv_s = cost.per_row_s, cost.per_draft_kv_token_s
     worth, computed = base.worth, cost.computed_rows(base.rows)
-    seconds = max(1e-9, base.spent_s + cost.at(sequences=base.sequences, rows=base.rows, kv_tokens=base.kv_tokens))
+    seconds = max(1e-9, cost.at(sequences=base.sequences, rows=base.rows, kv_tokens=base.kv_tokens))
     best, best_worth, best_s = 0, worth, seconds
     for count, node in enumerate(order[:max_nodes], start=1):
         if base.rows + count > computed:

@@ -15,8 +15,8 @@ from typing import Final
 
 from spotserve.speculation.cost import UNKNOWN, PassCostFit, StepCost, StepCostFit
 from spotserve.speculation.drafter import Drafter, DraftTask, DraftWork
-from spotserve.speculation.fixed import verified_whole
-from spotserve.speculation.speculator import NO_DRAFT, ChosenDraft, SequenceState, StepSeen
+from spotserve.speculation.fixed import OneDrafter, verified_whole
+from spotserve.speculation.speculator import NO_DRAFT, ChosenDraft, StepSeen
 
 _DECIDE_EVERY_STEPS: Final = 20
 _KEPT: Final = 0.85
@@ -25,7 +25,7 @@ _FIRST_MATCHED: Final = 0.5
 _PLAIN_HANDICAP: Final = 1.1
 
 
-class SmartSpec2024:
+class SmartSpec2024(OneDrafter):
     """See `Speculator`."""
 
     def __init__(
@@ -46,8 +46,7 @@ class SmartSpec2024:
             uses_model: whether every sequence gets a draft, and every token of it takes a pass.
             clock: in seconds.
         """
-        self._drafter = drafter
-        self._max_depth = max_depth
+        super().__init__(drafter, max_depth=max_depth)
         self._uses_model = uses_model
         self._clock = clock
         self._steps = StepCostFit(law)
@@ -59,11 +58,6 @@ class SmartSpec2024:
         self._drafted: dict[str, int] = {}
         self._right = self._tried = 0
         self._spent_s = 0.0
-
-    @property
-    def max_depth(self) -> int:
-        """See `Speculator.max_depth`."""
-        return self._max_depth
 
     @property
     def length(self) -> int:
@@ -119,20 +113,10 @@ class SmartSpec2024:
                 seconds=target_s,
             )
 
-    def finish_before(self, deadline_s: float | None) -> None:
-        """Goes on as ever."""
-
-    def state(self, sequence_id: str) -> SequenceState:  # noqa: ARG002 -- the protocol's
-        """Nothing is learned of single sequences."""
-        return {}
-
-    def adopt(self, sequence_id: str, state: SequenceState) -> None:
-        """Nothing is learned of single sequences."""
-
     def forget(self, sequence_id: str, token_ids: Sequence[int]) -> None:
         """See `Speculator.forget`."""
         self._drafted.pop(sequence_id, None)
-        self._drafter.forget(sequence_id, token_ids)
+        super().forget(sequence_id, token_ids)
 
     def _decide(self, contexts: Sequence[int]) -> int:
         """The first length whose successor has less goodput."""

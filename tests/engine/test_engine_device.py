@@ -14,13 +14,14 @@ from spotserve.core.request import Request, SamplingParams
 from spotserve.engine import fused, graphs
 from spotserve.engine.arithmetic import GpuArithmetic
 from spotserve.engine.attention import SCRATCH_BLOCK, KvCache
-from spotserve.engine.batch import GroupLayout, StepLayout, StepRows, in_lanes, joined, round_up
+from spotserve.engine.batch import ROW_MULTIPLE, GroupLayout, StepLayout, StepRows, in_lanes, joined, round_up
 from spotserve.engine.bring_up import lone_engine
 from spotserve.engine.device import apart, device_of
 from spotserve.engine.engine import Engine
 from spotserve.engine.graphs import RecordedSteps
 from spotserve.engine.linear import linear_map
 from spotserve.engine.selfcheck import check
+from spotserve.engine.speculators import step_law
 from spotserve.engine.stage import Stage
 from spotserve.engine.stages import fused_maker
 from spotserve.engine.weights import open_model
@@ -157,6 +158,11 @@ def test_counts_are_rounded_up_to_two_per_power_of_two() -> None:
     assert [round_up(count) for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 25, 33, 65, 97)] == [
         1, 2, 3, 4, 6, 6, 8, 8, 12, 16, 24, 32, 48, 96, 128,
     ]  # fmt: skip
+
+
+@given(st.integers(1, 2000))
+def test_decisions_know_how_many_rows_a_gpu_computes(rows: int) -> None:
+    assert step_law("cuda").computed_rows(rows) == round_up(-(-rows // ROW_MULTIPLE) * ROW_MULTIPLE)
 
 
 class Graph:

@@ -25,6 +25,7 @@ from speculation_scene import (
 from spotserve.config import EngineSettings
 from spotserve.core.request import FinishReason, Request
 from spotserve.engine.bring_up import load_draft_model
+from spotserve.engine.draft_model import PagedDraftModel
 from spotserve.engine.engine import Engine
 from spotserve.engine.speculators import make_speculator, step_law
 from spotserve.engine.weights import open_model
@@ -293,6 +294,15 @@ class Whimsical:
         self._drafter.forget(sequence_id, token_ids)
 
 
+def tight_draft_model(target: Path, draft_model: str | None) -> PagedDraftModel:
+    """Beside a target with little room, and with as little itself."""
+    settings = {"model": str(target), "dtype": "float64", "speculation": "adaptive", "draft_model": draft_model, **TIGHT}
+    own = EngineSettings.model_validate(settings)
+    model = load_draft_model(own, open_model(own).catalogue.spec)
+    assert model is not None
+    return model
+
+
 @pytest.mark.parametrize("draft_model", [SMALL, SELF])
 def test_second_choices_beside_the_first_change_no_answer(
     draft_model: str,
@@ -303,11 +313,7 @@ def test_second_choices_beside_the_first_change_no_answer(
     make_engine: Callable[..., Engine],
 ) -> None:
     """A draft model's trees, whole branches of which an auction leaves out: accepted leaves are moved to their places."""
-    own = EngineSettings.model_validate(
-        {"model": str(tiny_llama), "dtype": "float64", "speculation": "adaptive", "draft_model": draft_models[draft_model], **TIGHT}
-    )
-    model = load_draft_model(own, open_model(own).catalogue.spec)
-    assert model is not None
+    model = tight_draft_model(tiny_llama, draft_models[draft_model])
     drafter = Whimsical(DraftModelDrafter(model, first_stage=NgramDrafter()), seed=5)
     engine = make_engine(speculator=FixedSpeculator(drafter, max_depth=4), **TIGHT)
     got = together(engine, mixed, batch=COUNT)
@@ -345,11 +351,7 @@ def test_whatever_the_adaptive_speculator_measures_the_answer_is_the_same(
     make_engine: Callable[..., Engine],
 ) -> None:
     """Times at random lead it through all that it can decide: who drafts, how deep, which nodes, probes and pauses."""
-    own = EngineSettings.model_validate(
-        {"model": str(tiny_llama), "dtype": "float64", "speculation": "adaptive", "draft_model": draft_models[draft_model], **TIGHT}
-    )
-    model = load_draft_model(own, open_model(own).catalogue.spec)
-    assert model is not None
+    model = tight_draft_model(tiny_llama, draft_models[draft_model])
     drafters: set[str] = set()
     for seed in range(4):
         members = (NgramDrafter(), SuffixDrafter())

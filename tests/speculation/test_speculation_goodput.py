@@ -39,7 +39,7 @@ def closed_sets(parents: Sequence[int]) -> Iterator[tuple[int, ...]]:
 def goodput_of(nodes: Sequence[int], worths: Sequence[float], kv_tokens: Sequence[int], base: Base, cost: StepCost) -> float:
     """From first principles."""
     read = base.kv_tokens + cost.kv_reread * sum(kv_tokens[node] for node in nodes)
-    seconds = base.spent_s + cost.at(sequences=base.sequences, rows=base.rows + len(nodes), kv_tokens=read)
+    seconds = cost.at(sequences=base.sequences, rows=base.rows + len(nodes), kv_tokens=read)
     return (base.worth + sum(worths[node] for node in nodes)) / seconds
 
 
@@ -50,7 +50,7 @@ def scene(seed: int, size: int, *, contexts: bool) -> tuple[list[int], list[floa
     kv_tokens = [chance.choice((10, 500, 4000)) if contexts else 100] * size
     if contexts:
         kv_tokens = [chance.choice((10, 500, 4000)) for _ in range(size)]
-    base = Base(sequences, sequences + chance.choice((0, 0, 7)), sequences * 100, float(sequences), chance.choice((0.0, 1e-3)))
+    base = Base(sequences, sequences + chance.choice((0, 0, 7)), sequences * 100, float(sequences))
     return parents, worths, kv_tokens, base
 
 
