@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-external check chaos invariance soak bench bench-engine bench-recut clean
+.PHONY: help setup demo test test-external check chaos invariance soak bench bench-engine bench-recut bench-replay clean
 
 help: ## print this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -54,6 +54,12 @@ bench-recut: setup ## cutting the model anew against stopping and starting it
 
 bench-engine: setup ## this engine beside its peers; set PEERS to name their interpreters
 	$(BIN)/python benchmarks/bench_engine.py $(PEERS)
+
+bench-replay: setup ## our controller beside the published policies, on the traces of the paper; SPOTSERVE_DATA names the data
+	$(BIN)/python benchmarks/paper.py
+	$(BIN)/python benchmarks/bench_replay.py
+	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/replay_speed.py
 
 bench: setup ## the benchmarks of benchmarks/README.md, one after the other
 	$(BIN)/python benchmarks/bench_engine.py

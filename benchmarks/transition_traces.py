@@ -1,18 +1,15 @@
 """Histories of spot fleets as lists of transitions: moments at which machines leave, come, or both.
 
-Reads the two forms in which SpotServe's artifact has them: `ms,add|remove,node` rows, and one JSON array a line
-(`[ms, "add"|"remove"|"other"|"DONE", {"nodes": [..]}]`, `#` comments). All events of one moment are one transition; the artifact
+Reads any capacity trace; made for those of SpotServe's artifact. All events of one moment are one transition; the artifact
 merges an add with a remove that follows it within the grace period, and no trace has two moments that near to each other. A
 machine comes when the file says so: the paper's segments hold two minutes of starting it, the whole trace does not.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from spotserve.core.errors import TraceError
 from spotserve.replay.formats import parse_capacity, read_trace_text
 from spotserve.replay.trace import CapacityEvent
 
@@ -44,10 +41,7 @@ def read_transitions(path: Path) -> tuple[Transition, ...]:
     Raises:
         TraceError: the file cannot be read, or is in neither form.
     """
-    text = read_trace_text(path)
-    first = next((line for line in text.splitlines() if not line.startswith("#")), "")
-    events = _segment(text, path) if first.startswith("[") else parse_capacity(text, str(path)).events
-    return _transitions(events)
+    return _transitions(parse_capacity(read_trace_text(path), str(path)).events)
 
 
 def _transitions(events: Iterable[CapacityEvent]) -> tuple[Transition, ...]:
@@ -60,19 +54,3 @@ def _transitions(events: Iterable[CapacityEvent]) -> tuple[Transition, ...]:
         if there != before:
             transitions.append(Transition(time_s, before, there))
     return tuple(transitions)
-
-
-def _segment(text: str, path: Path) -> list[CapacityEvent]:
-    events: list[CapacityEvent] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        try:
-            milliseconds, change, details = json.loads(line)
-            nodes = [str(node) for node in details["nodes"]]
-            time_s = float(milliseconds) / 1000
-        except (ValueError, TypeError, KeyError) as error:
-            raise TraceError(f'{path}:{number}: expected [ms, "add" | "remove" | .., {{"nodes": [..]}}], got {line!r}') from error
-        if change in ("add", "remove"):
-            events += [CapacityEvent(time_s, change, node) for node in nodes]
-    return events

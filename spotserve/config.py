@@ -7,7 +7,7 @@ named by `--config` or `SPOTSERVE_CONFIG`, the default below.
 import os
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError, TomlConfigSettingsSource
@@ -157,9 +157,10 @@ class ControllerSettings(Section):
     """Length of their answers."""
     gap_cv: float = Field(1.0, ge=0)
     """How bursty they come: standard deviation of the time between two of them over its mean; 1: at random."""
-    instances: int | None = Field(None, ge=1)
-    """Instances to hold: the controller rents and returns them, and the settings below say which. None: the provider restocks what
-    is taken."""
+    instances: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Instances to hold: the controller rents and returns them, and the settings below say which. `auto`: the fewest with which
+    requests meet the limits or, without limits, are about as fast as with `max_instances`. None: the provider restocks what is
+    taken."""
     max_instances: int = Field(64, ge=1)
     """Instances at most, spares included; one under notice does not count."""
     on_demand_floor: int = Field(0, ge=0)
@@ -177,7 +178,9 @@ class ControllerSettings(Section):
 
     @model_validator(mode="after")
     def _the_maximum_is_enough(self) -> Self:
-        needed = max(self.instances or 1, self.on_demand_floor)
+        if self.instances == "auto" and self.planning != "auto":
+            raise ValueError("instances is auto, which asks the planner: set planning to auto as well")
+        needed = max(1 if self.instances in (None, "auto") else int(self.instances), self.on_demand_floor)
         if self.max_instances < needed:
             raise ValueError(f"max_instances is {self.max_instances}, but instances and on_demand_floor ask for {needed}")
         return self

@@ -15,7 +15,8 @@ from spotserve.cli import app as cli
 from spotserve.core.messages import Address
 from spotserve.system_folder import SystemFolder, SystemRecord
 
-VERBS = ["up", "down", "status", "preempt", "reshape", "plan", "advise", "doctor", "demo", "replay"]
+VERBS = ["up", "down", "status", "preempt", "reshape", "plan", "advise", "doctor", "demo"]
+GROUPS = ["bench", "replay", "traces"]
 
 STATUS: dict[str, Any] = {
     "epoch": 4,
@@ -128,7 +129,7 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, *GROUPS])
 def test_every_verb_explains_itself(verb: str) -> None:
     result = CliRunner().invoke(cli.app, [verb, "--help"])
     assert result.exit_code == 0
@@ -137,8 +138,10 @@ def test_every_verb_explains_itself(verb: str) -> None:
 
 def test_all_verbs_are_listed() -> None:
     output = CliRunner().invoke(cli.app, ["--help"]).output
-    assert all(verb in output for verb in VERBS)
-    assert sorted(VERBS) == sorted(command.callback.__name__ for command in cli.app.registered_commands if command.callback)
+    assert all(verb in output for verb in [*VERBS, *GROUPS])
+    commands = [command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+    groups = [str(group.name) for group in cli.app.registered_groups]
+    assert sorted([*VERBS, *GROUPS]) == sorted([*commands, *groups])
 
 
 @pytest.mark.parametrize("arguments", [["fly"], ["up", "--wings"], ["up", "--port", "many"], ["preempt"], ["replay", "--live"]])
@@ -171,7 +174,7 @@ def test_wrong_use_ends_with_2(arguments: list[str]) -> None:
         (["status", "--url", "http://127.0.0.1:x"], "--url"),
         (["status", "--url", "nonsense"], "with a port"),
         (["preempt", "i-1", "--now", "--url", "http://127.0.0.1:1"], "no secret"),
-        (["replay", "--requests", "a", "--out", "b"], "--live"),
+        (["replay", "--requests", "a", "--out", "b"], "--capacity"),
     ],
 )
 def test_what_is_the_worlds_doing_ends_with_1_and_one_line(

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from spotserve.core.cluster import ReplicaState
 from spotserve.core.messages import Address, Route
-from spotserve.router import pick
+from spotserve.router import most_held, pick
 
 
 def route(name: str, max_batch: int = 4, state: ReplicaState = ReplicaState.SERVING) -> Route:
@@ -36,6 +36,15 @@ A, B, C = route("a"), route("b"), route("c", max_batch=40)
 )
 def test_pick(routes: list[Route], load: dict[str, int], choice: dict, expected: Route | None) -> None:
     assert pick(routes, load, **choice) == expected
+
+
+def test_what_may_wait_elsewhere_does_not_wait_at_a_full_replica() -> None:
+    """Beyond its batch a replica has a little ahead; of small batches one."""
+    assert (most_held(4), most_held(1), most_held(32)) == (5, 2, 40)
+    assert pick([A], {"a": 4}, may_wait=False) == A
+    assert pick([A, B], {"a": 5, "b": 5}, may_wait=False) is None
+    assert pick([A, B], {"a": 5, "b": 5}) == A
+    assert pick([A], {"a": 3}, prefer="a", may_wait=False) == A
 
 
 @pytest.mark.parametrize("state", [state for state in ReplicaState if state is not ReplicaState.SERVING])

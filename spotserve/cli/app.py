@@ -4,11 +4,11 @@ import sys
 
 from rich.text import Text
 
-from spotserve.cli import advise, benches, doctor, local, operate, plan, runs
+from spotserve.cli import advise, benches, doctor, local, operate, plan, replays, runs, traces
 from spotserve.cli.program import app, errors
 from spotserve.core.errors import SpotServeError
 
-__all__ = ["advise", "app", "benches", "doctor", "local", "main", "operate", "plan", "runs"]
+__all__ = ["advise", "app", "benches", "doctor", "local", "main", "operate", "plan", "replays", "runs", "traces"]
 
 
 def main() -> None:

@@ -10,8 +10,7 @@ from spotserve.core.cluster import DeviceId, ReplicaState
 from spotserve.core.messages import Activate, HeldSlot, Member, WeightTransfer
 from spotserve.core.plan import Placement, ReplicaPlan
 from spotserve.migration.flows import Flow, weight_flows
-from spotserve.migration.matching import place
-from spotserve.migration.schedule import Schedule, schedule
+from spotserve.migration.schedule import Schedule
 from spotserve.migration.scores import Contents, Scores, scores_of
 from spotserve.migration.sources import Sourced, choose_sources
 
@@ -35,19 +34,9 @@ class Arrangement:
 
 def arrange(fleet: Fleet, planned: Sequence[ReplicaPlan], devices: Sequence[DeviceId], *, now_s: float) -> Arrangement:
     """Places replicas on `devices`, of which there must be enough. Changes nothing."""
-    devices = devices if planned else ()
-    machines = {device.instance_id for device in devices}
+    scores, placement = _placed(fleet, planned, devices)
     links = fleet.links()
     network_bytes_per_s = {instance_id: each.network.bytes_per_s for instance_id, each in links.items()}
-    scores = scores_of(
-        fleet.model,
-        planned,
-        devices,
-        contents_of(fleet, machines, max(1, len(planned))),
-        instance_types={instance_id: fleet.instances[instance_id].instance_type for instance_id in machines},
-        network_bytes_per_s=network_bytes_per_s,
-    )
-    placement = place(scores)
     sourced = []
     if fleet.model is not None and planned:
         parallel = {replica.replica_id: replica.parallel for replica in planned}
@@ -61,8 +50,39 @@ def arrange(fleet: Fleet, planned: Sequence[ReplicaPlan], devices: Sequence[Devi
             network_bytes_per_s=network_bytes_per_s,
         )
     flows = weight_flows(fleet.model, sourced) if fleet.model is not None else []
-    timed = schedule(flows, links=links, now_s=now_s, deadlines_s=fleet.deadlines_s())
+    timed = fleet.methods.schedule(flows, links=links, now_s=now_s, deadlines_s=fleet.deadlines_s())
     return Arrangement(scores, placement, timed, _in_order(dict(zip(flows, sourced, strict=True)), timed, fleet))
+
+
+def reckon(fleet: Fleet, planned: Sequence[ReplicaPlan], devices: Sequence[DeviceId]) -> tuple[float, int]:
+    """What `arrange` would come to, without choosing who sends what and when: for how long the busiest port receives, and bytes to
+    fetch. No schedule takes less time; it is a tenth of the work where fleets are large."""
+    scores, placement = _placed(fleet, planned, devices)
+    rows = dict(zip(scores.slots, scores.kinds, strict=True))
+    columns = {device: index for index, device in enumerate(scores.devices)}
+    busy_s: dict[str, float] = {}
+    fetched_bytes = 0.0
+    links = fleet.links()
+    for slot, device in placement.devices.items():
+        fetch_s = float(scores.fetch_s[rows[slot], columns[device]])
+        busy_s[device.instance_id] = busy_s.get(device.instance_id, 0.0) + fetch_s
+        fetched_bytes += fetch_s * links[device.instance_id].network.bytes_per_s
+    return max(busy_s.values(), default=0.0), round(fetched_bytes)
+
+
+def _placed(fleet: Fleet, planned: Sequence[ReplicaPlan], devices: Sequence[DeviceId]) -> tuple[Scores, Placement]:
+    """What there is to be kept, and which device takes which slot."""
+    devices = devices if planned else ()
+    machines = {device.instance_id for device in devices}
+    scores = scores_of(
+        fleet.model,
+        planned,
+        devices,
+        contents_of(fleet, machines, max(1, len(planned))),
+        instance_types={instance_id: fleet.instances[instance_id].instance_type for instance_id in machines},
+        network_bytes_per_s={instance_id: each.network.bytes_per_s for instance_id, each in fleet.links().items()},
+    )
+    return scores, fleet.methods.place(scores)
 
 
 def _in_order(sourced: Mapping[Flow, Sourced], timed: Schedule, fleet: Fleet) -> dict[DeviceId, tuple[WeightTransfer, ...]]:

@@ -11,23 +11,27 @@ quiet for a while; one that serves too little also in between, but not at every 
 Owner of what is learned of the fleet for planning. Knows no commands.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 
 from spotserve.config import ControllerSettings
-from spotserve.controller.bringup import arrange
+from spotserve.controller.bringup import reckon
 from spotserve.controller.demand import Demand
 from spotserve.controller.fleet import Fleet
 from spotserve.controller.offer import offer_of
 from spotserve.controller.proposals import EngineTerms, Proposal, Proposer, Terms
 from spotserve.controller.records import Replica
-from spotserve.core.plan import Parallel, Plan
+from spotserve.core.cluster import DeviceId
+from spotserve.core.hardware import InstanceType
+from spotserve.core.plan import Parallel, Plan, ReplicaPlan
+from spotserve.planner.fleets import Pool
 from spotserve.planner.hazard import HazardBook
 from spotserve.planner.outlook import Option, Worth, weigh
 from spotserve.planner.risk import Risk
-from spotserve.planner.workload import Objective
+from spotserve.planner.workload import Latency, Objective, Workload
 
 AT_ONCE_DEVICES = 64
 """Fleets of at most so many devices are looked at as a whole after every event: that takes tenths of a second."""
@@ -38,6 +42,10 @@ any may have changed."""
 
 ANEW_WEIGHED = 3
 """Plans from anew that are weighed against the grown one."""
+
+BELIEVED_S = 1800.0
+"""While neither machines nor load have changed a look at the whole fleet finds what the last one found, but for what is believed of
+risks, which moves slowly: so often it is looked at all the same."""
 
 BRING_UP_S = 1.0
 """Until a slot whose weights are there serves: building the stage, and joining the group."""
@@ -68,13 +76,24 @@ class Alternative:
     verdict: str
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What was known when every plan was weighed last, and what was chosen."""
+
+    devices: frozenset[DeviceId]
+    workload: Workload
+    hardware: Mapping[str, InstanceType]
+    replicas: tuple[ReplicaPlan, ...]
+    looked_s: float
+
+
 class Chooser:
     """Chooses plans for one fleet."""
 
     def __init__(self, fleet: Fleet, demand: Demand, settings: ControllerSettings, engine: EngineTerms) -> None:
         self._fleet = fleet
         self._demand = demand
-        self._objective = Objective(ttft_s=settings.ttft_s, tpot_s=settings.tpot_s, e2e_s=settings.e2e_s)
+        self.objective = Objective(ttft_s=settings.ttft_s, tpot_s=settings.tpot_s, e2e_s=settings.e2e_s)
         self._engine = engine
         self._use_idle = settings.use_idle
         self._proposer = Proposer(fleet)
@@ -87,6 +106,8 @@ class Chooser:
         """When the fleet was last looked at as a whole."""
         self.look_s: float | None = None
         """When the fleet is to be looked at as a whole again; None: nothing was planned yet."""
+        self._whole: Whole | None = None
+        self._asked: Workload | None = None
 
     def blindness(self) -> str | None:
         """Why nothing can be chosen; None when something can."""
@@ -104,6 +125,7 @@ class Chooser:
     def refuse(self, shape: Parallel, reason: str) -> None:
         """A shape cannot be brought up: it is not planned again."""
         self._proposer.refuse(shape, reason)
+        self._whole = None
 
     def choose(self, staying: Sequence[Replica], current: Plan | None, *, next_replica_number: int, now_s: float) -> Plan | str:
         """What should run on the machines that are there to stay, or why nothing can be planned.
@@ -118,8 +140,10 @@ class Chooser:
             return problem
         is_look = self.look_s is not None and now_s >= self.look_s
         self.look_s = now_s + QUIET_S
-        workload = self._demand.workload(now_s).within(self._longest())
-        terms = Terms(workload, self._objective, self._engine, use_idle=self._use_idle)
+        if current is not None and self._is_as_before(current, staying, now_s):
+            return current
+        asked = self.believed(now_s)
+        terms = self._terms(now_s)
         self.terms = terms
         kept = self._proposer.keepable(staying, terms)
         running, fixed = [replica for replica, _ in kept], [choice for _, choice in kept]
@@ -137,9 +161,48 @@ class Chooser:
         if not base.replicas and not others:
             return f"nothing can be planned: {'; '.join(self.losers) or 'there are no machines'}"
         chosen, reason = self._weigh(base, others, now_s)
+        whole = Whole(frozenset(self._fleet.ready_devices()), asked, dict(self._fleet.hardware), chosen.replicas, now_s)
+        self._whole = whole if self._looked_s == now_s else None
         if current is not None and chosen.replicas == current.replicas:
             return current
         return Plan(epoch=1 if current is None else current.epoch + 1, replicas=chosen.replicas, reason=reason)
+
+    def put_off(self, now_s: float) -> None:
+        """A look that was due could not be taken, for want of machines perhaps: the next one is due later."""
+        if self.look_s is not None and self.look_s <= now_s:
+            self.look_s = now_s + QUIET_S
+
+    def prospect(self, num_machines: int, now_s: float) -> Latency:
+        """What requests would meet on so many machines like those that the fleet has most of, whatever runs on them now."""
+        kinds = Counter((each.instance_type, each.usd_per_hour) for each in self._fleet.alive() if each.instance_type)
+        (name, usd_per_hour), _ = min(kinds.items(), key=lambda item: (-item[1], item[0]))
+        hardware = self._fleet.hardware[name]
+        pool = Pool(hardware, num_machines * hardware.num_devices, usd_per_hour)
+        return self._proposer.prospect(pool, self._terms(now_s))
+
+    def believed(self, now_s: float) -> Workload:
+        """The load to plan for: what it was when it was last looked at, unless it has changed by more than chance."""
+        if self._asked is None or self._demand.has_changed(self._asked, now_s):
+            self._asked = self._demand.workload(now_s)
+        return self._asked
+
+    def _terms(self, now_s: float) -> Terms:
+        workload = self.believed(now_s).within(self._longest())
+        return Terms(workload, self.objective, self._engine, use_idle=self._use_idle)
+
+    def _is_as_before(self, current: Plan, staying: Sequence[Replica], now_s: float) -> bool:
+        """Whether the machines and the load are those for which the plan was found when everything was last weighed, and all of it
+        still stands: then nothing better would be found."""
+        seen = self._whole
+        return (
+            seen is not None
+            and now_s < seen.looked_s + BELIEVED_S
+            and seen.replicas == current.replicas
+            and {each.replica_id for each in staying}.issuperset([each.replica_id for each in current.replicas])
+            and seen.devices == frozenset(self._fleet.ready_devices())
+            and seen.hardware == self._fleet.hardware
+            and not self._demand.has_changed(seen.workload, now_s)
+        )
 
     def _longest(self) -> int:
         """Tokens of the longest request that a replica can run."""
@@ -152,9 +215,9 @@ class Chooser:
     def _weigh(self, base: Proposal, found: Sequence[Proposal], now_s: float) -> tuple[Proposal, str]:
         """What to run, and why. What a change costs is worked out only for plans that would win if it cost nothing."""
         others = list({each.name: each for each in found if each.name != base.name}.values())
-        risk = self.hazards.risk(now_s, RECOVER_S)
+        risk = self.hazards.risk(now_s, RECOVER_S) if self._fleet.methods.looks_ahead else Risk()
         tempting = [each for each in others if self._better(base, [each], risk)[0] is not base]
-        weighed = [self._with_change(each, now_s) for each in tempting]
+        weighed = [self._with_change(each) for each in tempting]
         chosen, reason = self._better(base, weighed, risk)
         if not base.replicas:
             reason = f"{chosen.name}: {chosen.why}"
@@ -170,7 +233,7 @@ class Chooser:
         """The best of these by what they are expected to serve; without limits, of those that serve about as much, the fastest."""
         assert self.terms is not None
         if not others:
-            is_limited = self._objective.is_set
+            is_limited = self.objective.is_set
             return base, f"stay with {base.name}: there is nothing else" if is_limited else f"{base.name}: {base.why}"
         rate_rps = self.terms.workload.rate_rps
         by_name = {each.name: each for each in (*others, base)}
@@ -184,7 +247,7 @@ class Chooser:
             request_usd=REQUEST_WORTH * max(dearest, 1e-3) / 3600 / max(rate_rps, 1e-3),
         )
         chosen = by_name[verdict.option.name]
-        if self._objective.is_set:
+        if self.objective.is_set:
             return chosen, verdict.reason
         return self._soonest(chosen, by_name.values(), {each.name: each for each in verdict.worths}, verdict.reason)
 
@@ -208,8 +271,10 @@ class Chooser:
         instead = f"{chosen.latency.e2e_p99_s:.3g} s, {chosen.moved_bytes} bytes, {chosen.change_s:.3g} s with {chosen.name}"
         return best, f"{best.name} serves as much: {told}; {instead}"
 
-    def _with_change(self, proposal: Proposal, now_s: float) -> Proposal:
-        """The same with the time and the bytes until it serves."""
+    def _with_change(self, proposal: Proposal) -> Proposal:
+        """The same with the time and the bytes until it serves, at least."""
+        if not self._fleet.methods.looks_ahead:
+            return proposal
         running = self._fleet.replicas
         missing = [each for each in proposal.replicas if each.replica_id not in running]
         kept = {
@@ -219,9 +284,8 @@ class Chooser:
             for device in running[each.replica_id].devices.values()
         }
         free = [device for device in self._fleet.ready_devices() if device not in kept]
-        arrangement = arrange(self._fleet, missing, free, now_s=now_s)
-        change_s = arrangement.schedule.makespan_s + BRING_UP_S
-        return replace(proposal, change_s=change_s, moved_bytes=arrangement.num_bytes)
+        fetch_s, num_bytes = reckon(self._fleet, missing, free)
+        return replace(proposal, change_s=fetch_s + BRING_UP_S, moved_bytes=num_bytes)
 
 
 def _option(proposal: Proposal) -> Option:

@@ -27,6 +27,11 @@ LEAST_LENGTHS = 8
 UNKNOWN = Workload(rate_rps=1.0, prompt=Lengths.fixed(512), output=Lengths.fixed(128))
 """Until anything is known: the requests of the SpotServe paper (section 6.1), one per second."""
 
+BEYOND_CHANCE = 3.0
+"""Standard errors by which an estimate has to differ before it is believed that the load has changed."""
+
+MUCH_BURSTIER = 1.5
+
 GAP_CV_LIMITS = (0.05, 8.0)
 
 
@@ -62,6 +67,21 @@ class Demand:
             output = Lengths.of([each.output_tokens for each in self._served])
         return Workload(rate_rps=rate_rps, prompt=prompt, output=output, gap_cv=self._gap_cv())
 
+    def has_changed(self, since: Workload, now_s: float) -> bool:
+        """Whether what is expected now differs from what was expected then by more than chance: the rate by three standard errors
+        of a count of as many arrivals, lengths by as many of a mean, burstiness by half."""
+        now = self.workload(now_s)
+        if now == since:
+            return False
+        counted_s = max(1, min(len(self._counts), RATE_WINDOWS)) * WINDOW_S
+        error_rps = max(since.gap_cv, now.gap_cv) * sqrt(max(since.rate_rps, now.rate_rps) / counted_s)
+        if abs(now.rate_rps - since.rate_rps) > BEYOND_CHANCE * sqrt(2) * error_rps:  # both are estimates
+            return True
+        lengths = ((since.prompt, now.prompt), (since.output, now.output))
+        if any(abs(b.mean - a.mean) > BEYOND_CHANCE * _error(a, b, len(self._served)) for a, b in lengths):
+            return True
+        return not 1 / MUCH_BURSTIER < (now.gap_cv + 0.1) / (since.gap_cv + 0.1) < MUCH_BURSTIER
+
     def _gap_cv(self) -> float:
         """Of the windows; Poisson until there are enough of them."""
         if len(self._counts) < RATE_WINDOWS or sum(self._counts) < LEAST_LENGTHS:
@@ -80,3 +100,9 @@ class Demand:
             self._counts.append(self._arrived)
             self._arrived = 0
         self._window = max(window, self._window)
+
+
+def _error(one: Lengths, other: Lengths, seen: int) -> float:
+    """Standard error of a mean length, of so many that were seen, by the wider of both distributions."""
+    variance = max(each.mean_square - each.mean**2 for each in (one, other))
+    return sqrt(2 * max(0.0, variance) / max(1, seen)) + 1e-9

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from spotserve.controller.methods import PRODUCTION, Methods
 from spotserve.controller.records import Instance, Replica
 from spotserve.core.cluster import DeviceId, InstanceState, ReplicaState
 from spotserve.core.hardware import InstanceType, Link
@@ -35,7 +36,9 @@ class Load:
 class Fleet:
     """The fleet as the controller knows it."""
 
-    def __init__(self) -> None:
+    def __init__(self, methods: Methods = PRODUCTION) -> None:
+        self.methods = methods
+        """By what is decided."""
         self.instances: dict[str, Instance] = {}
         self.replicas: dict[str, Replica] = {}
         self.model: ModelSpec | None = None
@@ -170,18 +173,17 @@ class Fleet:
                     instance_id=leader.instance_id,
                     address=leader.address,
                     free_sequences=max(0, replica.plan.parallel.max_batch - load.num_sequences),
-                    speed=speed_of(leader),
+                    speed=self.speed_of(leader),
                     context_tokens=load.context_tokens,
                 )
             )
         return destinations
 
-
-def speed_of(instance: Instance) -> InstanceSpeed:
-    """What heartbeats say of an instance's speed; 0 where nothing is known yet."""
-    heartbeat = instance.heartbeat
-    return InstanceSpeed(
-        step_s=heartbeat.step_s if heartbeat is not None else 0.0,
-        prefill_tokens_per_s=heartbeat.prefill_tokens_per_s if heartbeat is not None else 0.0,
-        link_bytes_per_s=LINK_BYTES_PER_S,
-    )
+    def speed_of(self, instance: Instance) -> InstanceSpeed:
+        """What heartbeats say of an instance's speed, and its kind of its network; 0 where nothing is known yet."""
+        heartbeat, hardware = instance.heartbeat, self.hardware.get(instance.instance_type)
+        return InstanceSpeed(
+            step_s=heartbeat.step_s if heartbeat is not None else 0.0,
+            prefill_tokens_per_s=heartbeat.prefill_tokens_per_s if heartbeat is not None else 0.0,
+            link_bytes_per_s=LINK_BYTES_PER_S if hardware is None else hardware.network.bytes_per_s,
+        )

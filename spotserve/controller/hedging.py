@@ -18,14 +18,14 @@ from typing import Any
 
 from spotserve.config import ControllerSettings
 from spotserve.controller.adoption import COMPLETE_WITHIN_S
-from spotserve.controller.choosing import RECOVER_S
+from spotserve.controller.choosing import RECOVER_S, Chooser
 from spotserve.controller.fleet import Fleet
 from spotserve.controller.records import Instance
+from spotserve.controller.sizing import Sizing
 from spotserve.core.cluster import InstanceState, ReplicaState
 from spotserve.core.messages import Launch, LaunchRefused
 from spotserve.planner.breaker import Breaker
 from spotserve.planner.fleet_view import HedgeMemory, HedgePolicy, Held, TerminationWish, Wish, Zone
-from spotserve.planner.hazard import HazardBook
 from spotserve.planner.hedge import hedge
 
 KEPT = 16
@@ -54,12 +54,14 @@ class Resizing:
 class Hedging:
     """Owner of what is asked of the cloud."""
 
-    def __init__(self, fleet: Fleet, hazards: HazardBook, places: Sequence[Place], settings: ControllerSettings) -> None:
+    def __init__(self, fleet: Fleet, chooser: Chooser, places: Sequence[Place], settings: ControllerSettings) -> None:
         assert settings.instances is not None and places
+        self._sizing = Sizing(chooser, least=max(1, settings.on_demand_floor), most=settings.max_instances - settings.max_spares)
         self._fleet = fleet
-        self._hazards = hazards
+        self._hazards = chooser.hazards
         self._places = places
-        self._wanted = settings.instances
+        self._instances = settings.instances
+        self._wanted = 0 if self._instances == "auto" else self._instances
         self._policy = policy_of(settings)
         self._memory = HedgeMemory()
         self._wish: Wish | None = None
@@ -114,6 +116,7 @@ class Hedging:
         if now_s < self._act_s:
             return Resizing()
         self._measure_starts()
+        self._wanted = self._sizing.wanted(now_s) if self._instances == "auto" else self._instances
         wish = hedge(
             self._wanted,
             self._held(),

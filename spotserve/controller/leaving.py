@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spotserve.controller.fleet import Fleet, speed_of
+from spotserve.controller.fleet import Fleet
 from spotserve.controller.records import Instance, Leaving, Replica
 from spotserve.core.cluster import ReplicaState
 from spotserve.core.messages import Drain, SequenceAction, SequenceOrder
-from spotserve.migration.verdicts import Destination, decide, fallback, margin_s, spread
+from spotserve.migration.verdicts import Destination, fallback, margin_s, spread
 
 REPLACED_DRAIN_S = 30.0
 """How long a replica may take to be emptied when no machine goes."""
@@ -110,11 +110,11 @@ def _decide(
         sequences = leader.heartbeat.sequences if leader.heartbeat is not None else ()
         orders[leader.instance_id] = ()
         if fleet.model is not None:
-            orders[leader.instance_id] = decide(
+            orders[leader.instance_id] = fleet.methods.decide(
                 sequences,
                 now_s=now_s,
                 deadline_s=deadline_s,
-                source=speed_of(leader),
+                source=fleet.speed_of(leader),
                 destinations=destinations,
                 model=fleet.model,
             )

@@ -5,7 +5,7 @@ that are there are paid for. Where new replicas go exactly is decided when a pla
 """
 
 from collections import Counter, deque
-from collections.abc import Container, Sequence
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -16,6 +16,7 @@ from spotserve.controller.offer import Kind, kind_of
 from spotserve.controller.records import Instance, Replica
 from spotserve.core.cluster import DeviceId
 from spotserve.core.hardware import InstanceType
+from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel, ReplicaPlan
 from spotserve.planner.cost import replica_cost
 from spotserve.planner.cutting import cut_by_time
@@ -32,6 +33,8 @@ from spotserve.planner.workload import Latency, Objective, Workload
 
 NEVER = Latency(inf, inf, inf, inf, inf, inf, inf)
 """What requests meet where nothing runs."""
+
+SEARCHES_KEPT = 128
 
 ENDLESS_RPS = 1e9
 """More than any fleet serves: the best is then what serves most."""
@@ -82,6 +85,20 @@ class EngineTerms:
     """What every replica drafts with, beside what the cost model says; None: nothing."""
 
 
+def engine_speed(model: ModelSpec, parallel: Parallel, hardware: InstanceType, engine: EngineTerms) -> ReplicaSpeed | str:
+    """How fast a replica of this shape is when it is started so; or why there can be none."""
+    if engine.speed_of is not None:
+        return engine.speed_of(parallel, hardware)
+    speed = replica_cost(model, parallel, hardware, engine.step_tokens)
+    if isinstance(speed, str):
+        return speed
+    kv_tokens = speed.kv_tokens if engine.kv_tokens is None else engine.kv_tokens
+    if speed.kv_tokens < kv_tokens:
+        return f"there is room for {speed.kv_tokens} tokens of KV, {kv_tokens} are wanted"
+    speed = replace(speed, kv_tokens=kv_tokens)
+    return speed if engine.draft is None else DraftingSpeed(speed, engine.draft, kv_tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What plans are made for."""
@@ -93,18 +110,30 @@ class Terms:
     """Whether devices beside the best plan get something to do."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a search came to."""
+
+    fleets: tuple[tuple[tuple[Choice, ...], str], ...]
+    """The best first: replicas, and why."""
+    losers: tuple[str, ...]
+
+
 class Proposer:
     """Makes proposals for one fleet; remembers shapes that could not be brought up."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._refused: dict[tuple[int, int], str] = {}
+        self._searches: dict[Hashable, _Found] = {}
+        """What was searched lately, the newest last."""
         self.losers: tuple[str, ...] = ()
         """What never became a plan when the last search found little, and why."""
 
     def refuse(self, shape: Parallel, reason: str) -> None:
         """A shape cannot be brought up: it is not proposed again."""
         self._refused[shape.pipeline, shape.tensor] = reason
+        self._searches.clear()
 
     def keepable(self, staying: Sequence[Replica], terms: Terms) -> list[tuple[Replica, Choice]]:
         """Replicas that run and that the planner would have as they are."""
@@ -139,22 +168,43 @@ class Proposer:
             most: how many plans.
             next_replica_number: names of new replicas count from here.
         """
-        result = search(
-            self._fleet.model,
-            pools,
-            terms.workload,
-            terms.objective,
-            speed_of=lambda parallel, hardware: self._speed_of(parallel, hardware, terms),
-            fixed=fixed,
-            max_candidates=most,
-            max_batch=terms.engine.max_batch,
-            refine=partial(self._cut, terms=terms),
-        )
-        self.losers = () if result.candidates else tuple(f"{loser.what}: {loser.why}" for loser in result.losers)
-        found = [(self._filled(pools, len(fixed), each.choices, terms), each.why) for each in result.candidates]
-        return [self._named(choices, staying, terms, why, next_replica_number) for choices, why in found if choices]
+        found = self._found(tuple(pools), tuple(fixed), terms, most)
+        self.losers = found.losers
+        return [self._named(choices, staying, terms, why, next_replica_number) for choices, why in found.fleets if choices]
+
+    def prospect(self, pool: Pool, terms: Terms) -> Latency:
+        """What requests meet on the best fleet for these devices alone."""
+        found = self._found((pool,), (), replace(terms, use_idle=False), 1)
+        if not found.fleets:
+            return NEVER
+        return latency([choice.speed for choice in found.fleets[0][0]], terms.workload)
 
     # ------------------------------------------------------------------ finding
+
+    def _found(self, pools: tuple[Pool, ...], fixed: tuple[Choice, ...], terms: Terms, most: int) -> _Found:
+        """The best fleets, and what became of the rest. Fleets shrink and grow again: what was searched lately is known."""
+        key = (self._fleet.model, pools, fixed, terms, most)
+        found = self._searches.pop(key, None)
+        if found is None:
+            result = search(
+                self._fleet.model,
+                pools,
+                terms.workload,
+                terms.objective,
+                speed_of=lambda parallel, hardware: self._speed_of(parallel, hardware, terms),
+                fixed=fixed,
+                max_candidates=most,
+                max_batch=terms.engine.max_batch,
+                refine=partial(self._cut, terms=terms),
+            )
+            found = _Found(
+                tuple((self._filled(pools, len(fixed), each.choices, terms), each.why) for each in result.candidates),
+                () if result.candidates else tuple(f"{loser.what}: {loser.why}" for loser in result.losers),
+            )
+            if len(self._searches) >= SEARCHES_KEPT:
+                del self._searches[next(iter(self._searches))]
+        self._searches[key] = found
+        return found
 
     def _filled(self, pools: Sequence[Pool], num_fixed: int, choices: tuple[Choice, ...], terms: Terms) -> tuple[Choice, ...]:
         """The same with something to do for devices that would idle: as much as they can serve, or else more of the same; nothing
@@ -191,16 +241,7 @@ class Proposer:
         assert self._fleet.model is not None
         if (reason := self._refused.get((parallel.pipeline, parallel.tensor))) is not None:
             return f"could not be brought up: {reason}"
-        if terms.engine.speed_of is not None:
-            return terms.engine.speed_of(parallel, hardware)
-        speed = replica_cost(self._fleet.model, parallel, hardware, terms.engine.step_tokens)
-        if isinstance(speed, str):
-            return speed
-        kv_tokens = speed.kv_tokens if terms.engine.kv_tokens is None else terms.engine.kv_tokens
-        if speed.kv_tokens < kv_tokens:
-            return f"there is room for {speed.kv_tokens} tokens of KV, {kv_tokens} are wanted"
-        speed = replace(speed, kv_tokens=kv_tokens)
-        return speed if terms.engine.draft is None else DraftingSpeed(speed, terms.engine.draft, kv_tokens)
+        return engine_speed(self._fleet.model, parallel, hardware, terms.engine)
 
     def _cut(self, parallel: Parallel, hardware: InstanceType, terms: Terms) -> Parallel:
         """The same shape, its stages cut by time."""

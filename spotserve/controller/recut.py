@@ -62,6 +62,7 @@ class Recut:
 
     def replan(self, cause: str, now_s: float) -> tuple[list[Command], str]:
         """Plans for the devices that are there to stay, and brings up what is missing."""
+        self.retry_s = None
         if (waits := self._first_waits(now_s)) is not None:
             self._postponed = cause
             return [], f"{cause}; {waits}"
@@ -156,7 +157,6 @@ class Recut:
 
     def _obstacle(self, target: Plan, num_free: int, now_s: float) -> str | None:
         """Why a plan has to wait; None when it can be carried out."""
-        self.retry_s = None
         if parts := incomplete(self._fleet):
             return f"waiting for the rest of {', '.join(each.replica_id for each in parts)}"
         num_missing = sum(each.parallel.num_slots for each in target.replicas if each.replica_id not in self._fleet.replicas)

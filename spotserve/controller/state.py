@@ -18,6 +18,7 @@ from spotserve.controller.fleet import Fleet
 from spotserve.controller.hedging import Hedging, Place
 from spotserve.controller.journal import Journal, machines_text, shape_text
 from spotserve.controller.leaving import deadline_of, tell
+from spotserve.controller.methods import PRODUCTION, Methods
 from spotserve.controller.notices import REVERT_AFTER_S, announce, revert
 from spotserve.controller.proposals import EngineTerms, Terms
 from spotserve.controller.records import Change, Decision, FleetEvent, Instance, Replica
@@ -81,15 +82,21 @@ _NO_MATTER_OF_SIZE = (Heartbeat, GatewayReport, SequenceMoved, SequenceResumed)
 class ControllerState:
     """The fleet as the controller knows it, and what it wants of it."""
 
-    def __init__(self, settings: ControllerSettings, engine: EngineTerms, places: Sequence[Place] = ()) -> None:
-        """`places`: where machines can be rented; needed where the settings say how many to hold."""
-        self._fleet = Fleet()
+    def __init__(
+        self,
+        settings: ControllerSettings,
+        engine: EngineTerms,
+        places: Sequence[Place] = (),
+        methods: Methods = PRODUCTION,
+    ) -> None:
+        """`places`: where machines can be rented; needed where the settings say that machines are rented."""
+        self._fleet = Fleet(methods)
         self._refits = Refits(self._fleet)
         self._demand = Demand(_expected(settings))
         self._chooser = Chooser(self._fleet, self._demand, settings, engine)
         wanted = None if settings.planning == "auto" else Shape(settings.data, settings.pipeline, settings.tensor)
         self._recut = Recut(self._fleet, wanted, self._chooser, max_batch=engine.max_batch)
-        self._hedging = None if settings.instances is None else Hedging(self._fleet, self._chooser.hazards, places, settings)
+        self._hedging = None if settings.instances is None else Hedging(self._fleet, self._chooser, places, settings)
         self._routing = Routing(self._fleet)
         self._journal = Journal()
         self._retries = Retries()
@@ -496,6 +503,7 @@ class ControllerState:
             reasons.append(reason)
         if self.wanted is None and self._chooser.look_s is not None and now_s >= self._chooser.look_s:
             replans, reason = self._recut.replan("a look at the whole fleet", now_s)
+            self._chooser.put_off(now_s)
             commands += replans
             reasons += [reason] if replans else []
         return commands, "; ".join(reasons)

@@ -12,10 +12,10 @@ from rich.console import Console
 from spotserve.config import LocalCloudSettings
 from spotserve.replay import live
 from spotserve.replay.folder import write_folder
+from spotserve.replay.live_report import full_summary
 from spotserve.replay.record import RunRecord
 from spotserve.replay.report import describe, print_report, report_text
 from spotserve.replay.run import REPLAYED, ReplayOptions, connected, driven_by_trace, is_sound, judge, read_timeline
-from spotserve.replay.summary import summarise
 from spotserve.replay.timeline import Scaling, Timeline
 
 STEADY = "steady"
@@ -51,7 +51,7 @@ def run_demo(
     timeline = read_timeline(capacity, requests, scaling)
     console.print(describe(timeline))
     steady, disturbed = asyncio.run(_both_passes(options, timeline, console))
-    steady_summary = summarise(steady, prices=prices, objectives=options.objectives)
+    steady_summary = full_summary(steady, prices=prices, objectives=options.objectives)
     comparisons, summary = judge(options, disturbed, steady)
     runs = {STEADY: (steady, steady_summary), REPLAYED: (disturbed, summary)}
     print_report(console, runs)
@@ -62,6 +62,7 @@ def run_demo(
         runs=runs,
         judged=REPLAYED,
         report=report_text(runs),
+        prices=options.prices,
         comparisons=comparisons,
     )
     passed = is_sound(summary) and is_sound(steady_summary)

@@ -93,6 +93,7 @@ class Relay:
         self._unread: dict[str, asyncio.TimerHandle] = {}
         """Calls that nobody reads now, and when they are forgotten."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_filling = False
         self._finished = 0
         self._lost = 0
         self._arrived = 0
@@ -209,8 +210,11 @@ class Relay:
     # ------------------------------------------------------------------ dispatching
 
     def _dispatch(self, transcript: Transcript, *, prefer: str | None = None, exclude: frozenset[str] = frozenset()) -> None:
-        """Gives a sequence to a replica; it waits when none serves."""
-        route = pick(self._links.connected(self._table.replicas), self._load(), exclude=exclude, prefer=prefer)
+        """Gives a sequence to a replica; it waits when none serves, or all are full. One that was interrupted does not wait for
+        those: its client is in the middle of an answer, and its next owner puts it in front."""
+        may_wait = transcript.interruption is not None
+        routes = self._links.connected(self._table.replicas)
+        route = pick(routes, self._load(), exclude=exclude, prefer=prefer, may_wait=may_wait)
         if route is None:
             return
         if transcript.interruption is not None:
@@ -227,9 +231,17 @@ class Relay:
             log.debug("%s is closing: what it owns is on the way to `_on_lost`", route.replica_id)
 
     def _dispatch_waiting(self) -> None:
+        """In the order in which they came, until one finds no place; interrupted ones are not held up by it."""
+        is_full = False
         for transcript in tuple(self._transcripts.values()):
-            if transcript.is_waiting and transcript.request_id not in self._held:
+            if transcript.is_waiting and transcript.request_id not in self._held and (transcript.interruption or not is_full):
                 self._dispatch(transcript)
+                is_full = is_full or transcript.is_waiting
+
+    def _fill(self) -> None:
+        """Sequences have ended: others may have their places."""
+        self._is_filling = False
+        self._dispatch_waiting()
 
     def _load(self) -> dict[str, int]:
         load: dict[str, int] = {}
@@ -457,6 +469,9 @@ class Relay:
 
     def _note_finished(self, transcript: Transcript) -> None:
         self._finished += 1
+        if not self._is_filling:
+            self._is_filling = True
+            asyncio.get_running_loop().call_soon(self._fill)
         self._metrics.sequence_seconds.observe(self._clock.now_s() - transcript.request.arrival_s)
         if transcript.finish_reason is FinishReason.FAILED:
             self._lost += 1

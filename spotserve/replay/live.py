@@ -45,8 +45,8 @@ class System:
     admin: Admin
     client: StreamClient
     clock: Clock
-    build_prompt: Callable[[int, int], str]
-    """Text of about so many tokens, by seed."""
+    build_prompt: Callable[[Arrive, int], str]
+    """Text of a request; the number is the tokens of a block of its prefix."""
     show: Callable[[Progress], None]
 
 
@@ -104,7 +104,10 @@ class TraceFleet:
 class _Pass:
     """One pass under way: what was sent, what came back, what the fleet said."""
 
-    def __init__(self, label: str, arrivals: Sequence[Arrive], system: System, instances: Sequence[str]) -> None:
+    def __init__(
+        self, label: str, arrivals: Sequence[Arrive], system: System, instances: Sequence[str], prefix_block_tokens: int = 0
+    ) -> None:
+        self.prefix_block_tokens = prefix_block_tokens
         self.label = label
         self.system = system
         self.initial = tuple(instances)
@@ -116,7 +119,7 @@ class _Pass:
 
     async def send(self, arrival: Arrive, scheduled_s: float) -> None:
         """One request from sending to its last token."""
-        prompt = self.system.build_prompt(arrival.prompt_tokens, arrival.seed)
+        prompt = self.system.build_prompt(arrival, self.prefix_block_tokens)
         self.sent += 1
         self.records.append(await self.system.client.complete(arrival, prompt, scheduled_s=scheduled_s))
 
@@ -190,7 +193,7 @@ async def carry_out(timeline: Timeline, system: System, *, label: str, patience_
     """
     instances = await prepare_fleet(system, len(timeline.initial) or None, patience_s=patience_s)
     await system.admin.new_events()  # what came before is not this pass's
-    under_way = _Pass(label, timeline.arrivals, system, instances)
+    under_way = _Pass(label, timeline.arrivals, system, instances, timeline.prefix_block_tokens)
     fleet = TraceFleet(system.admin, system.clock, dict(zip(timeline.initial, instances, strict=False)))
     recomputed_before = await system.admin.metric(RECOMPUTED_METRIC)
     started_s = system.clock.now_s()
@@ -208,7 +211,9 @@ async def carry_out(timeline: Timeline, system: System, *, label: str, patience_
     return await _finish(under_way, started_s, recomputed_before, fleet.deeds)
 
 
-async def answer_all(arrivals: Sequence[Arrive], system: System, *, label: str, concurrency: int) -> RunRecord:
+async def answer_all(
+    arrivals: Sequence[Arrive], system: System, *, label: str, concurrency: int, prefix_block_tokens: int = 0
+) -> RunRecord:
     """The same requests on an undisturbed fleet, at most `concurrency` at a time: what the answers should be.
 
     Raises:
@@ -216,7 +221,8 @@ async def answer_all(arrivals: Sequence[Arrive], system: System, *, label: str, 
     """
     status = await system.admin.status()
     await system.admin.new_events()
-    under_way = _Pass(label, arrivals, system, [instance.id for instance in status.instances if instance.state == "ready"])
+    ready = [instance.id for instance in status.instances if instance.state == "ready"]
+    under_way = _Pass(label, arrivals, system, ready, prefix_block_tokens)
     recomputed_before = await system.admin.metric(RECOMPUTED_METRIC)
     started_s = system.clock.now_s()
     waiting = iter(arrivals)

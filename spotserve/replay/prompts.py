@@ -6,6 +6,8 @@ A replay has no tokenizer, so lengths are approximate: the demo model's tokenize
 
 from random import Random
 
+from spotserve.replay.timeline import Arrive
+
 CHARACTERS_PER_TOKEN = 3.1
 
 _OPENINGS = r'''
@@ -191,6 +193,14 @@ class Point:
 
 OPENINGS = tuple(opening + "\n" for opening in _OPENINGS.strip("\n").split("\n--\n"))
 """How a piece of code may begin."""
+
+
+def prompt_of(arrival: Arrive, prefix_block_tokens: int) -> str:
+    """The prompt of a request: blocks that others may begin with as well, each the same text wherever it stands, then its own."""
+    shared = arrival.prefix[: arrival.prompt_tokens // prefix_block_tokens] if prefix_block_tokens else ()
+    blocks = [build_prompt(prefix_block_tokens, block) + "\n\n" for block in shared]
+    left = arrival.prompt_tokens - len(shared) * prefix_block_tokens
+    return "".join(blocks) + (build_prompt(left, arrival.seed) if left > 0 or not blocks else "")
 
 
 def build_prompt(prompt_tokens: int, seed: int) -> str:

@@ -75,7 +75,7 @@ SECTIONS: Mapping[str, Sequence[Line]] = {
         Line("goodput, % of all requests", "goodput_share", 100.0, 1),
         Line("cost, USD", "cost_usd", 1.0, 4),
         Line("same fleet on demand, USD", "cost_on_demand_usd", 1.0, 4),
-        Line("USD per million tokens", "usd_per_million_tokens", 1.0, 2),
+        Line("USD per million output tokens", "usd_per_million_output_tokens", 1.0, 2),
     ),
 }
 
@@ -153,6 +153,13 @@ def describe(timeline: Timeline) -> str:
         load += f" ({len(times_s) / max(times_s):.2f} per second, gap CV {variation(gaps_s):.2f})"
     clamped = f", {timeline.clamped_rows} rows without tokens given 1" if timeline.clamped_rows else ""
     return f"{timeline.duration_s:.0f} s: {fleet if timeline.initial else 'the fleet as it is'}; {load}{clamped}"
+
+
+def report_table_text(shown: Table) -> str:
+    """A table as plain text."""
+    text = StringIO()
+    Console(file=text, width=REPORT_COLUMNS, color_system=None).print(shown)
+    return text.getvalue()
 
 
 def report_text(runs: Mapping[str, tuple[RunRecord, Summary]]) -> str:

@@ -17,10 +17,11 @@ from spotserve.replay.client import StreamClient
 from spotserve.replay.compare import Comparison, compare_runs
 from spotserve.replay.folder import write_folder
 from spotserve.replay.formats import parse_capacity, parse_requests, read_trace_text
-from spotserve.replay.prompts import build_prompt
+from spotserve.replay.live_report import full_summary
+from spotserve.replay.prompts import prompt_of
 from spotserve.replay.record import RunRecord
 from spotserve.replay.report import describe, print_report, report_text
-from spotserve.replay.summary import Objectives, Summary, summarise
+from spotserve.replay.summary import Objectives, Summary
 from spotserve.replay.timeline import Scaling, Timeline, merge
 from spotserve.system_clock import SystemClock
 
@@ -115,7 +116,7 @@ async def connected(options: ReplayOptions, console: Console) -> AsyncIterator[l
         clock = SystemClock()
         client = StreamClient(options.url, model=model, clock=clock, patience_s=options.patience_s, api_key=options.api_key)
         with bar:
-            yield live.System(admin, client, clock, build_prompt, show)
+            yield live.System(admin, client, clock, prompt_of, show)
     finally:
         await admin.close()
 
@@ -133,7 +134,7 @@ async def driven_by_trace(system: live.System, prices: LocalCloudSettings) -> As
 def judge(options: ReplayOptions, run: RunRecord, reference: RunRecord | None) -> tuple[tuple[Comparison, ...], Summary]:
     """The comparison with the undisturbed answers, where there are any, and the run's summary."""
     comparisons = compare_runs(run.requests, reference.requests, dtype=options.dtype) if reference else ()
-    return comparisons, summarise(run, comparisons, prices=options.prices, objectives=options.objectives)
+    return comparisons, full_summary(run, comparisons, prices=options.prices, objectives=options.objectives)
 
 
 def is_sound(summary: Summary) -> bool:
@@ -157,7 +158,7 @@ def run_replay(options: ReplayOptions, console: Console | None = None) -> int:
     print_report(console, shown)
     runs = dict(shown)
     if reference is not None:  # in the folder alone: its latencies are those of a closed loop
-        runs[REFERENCE] = (reference, summarise(reference, prices=options.prices, objectives=options.objectives))
+        runs[REFERENCE] = (reference, full_summary(reference, prices=options.prices, objectives=options.objectives))
     write_folder(
         options.out,
         options=options.as_json(),
@@ -165,6 +166,7 @@ def run_replay(options: ReplayOptions, console: Console | None = None) -> int:
         runs=runs,
         judged=REPLAYED,
         report=report_text(shown),
+        prices=options.prices,
         comparisons=comparisons,
     )
     console.print(f"written to {options.out}")
@@ -185,4 +187,11 @@ async def _passes(options: ReplayOptions, timeline: Timeline, system: live.Syste
         return run, None
     await live.prepare_fleet(system, len(timeline.initial) or None, patience_s=options.patience_s)
     concurrency = options.reference_concurrency
-    return run, await live.answer_all(timeline.arrivals, system, label=REFERENCE, concurrency=concurrency)
+    reference = await live.answer_all(
+        timeline.arrivals,
+        system,
+        label=REFERENCE,
+        concurrency=concurrency,
+        prefix_block_tokens=timeline.prefix_block_tokens,
+    )
+    return run, reference

@@ -11,10 +11,10 @@ removal.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TypeAlias
 
 from spotserve.core.errors import ConfigError
+from spotserve.replay.draws import drawn_seed, share_drawn
 from spotserve.replay.trace import CapacityTrace, RequestTrace
 
 
@@ -29,6 +29,8 @@ class Arrive:
     output_tokens: int
     temperature: float
     seed: int
+    prefix: tuple[int, ...] = ()
+    """Blocks that its prompt begins with, by name: prompts with equal ones begin alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,8 @@ class Timeline:
     actions: tuple[Action, ...]
     duration_s: float
     clamped_rows: int = 0
+    prefix_block_tokens: int = 0
+    """Tokens of a block of a prefix; 0: the trace has none."""
 
     @property
     def arrivals(self) -> tuple[Arrive, ...]:
@@ -128,17 +132,7 @@ class Timeline:
 
     def undisturbed(self) -> "Timeline":
         """The same requests on a fleet that never changes."""
-        return Timeline(self.initial, self.arrivals, self.duration_s, self.clamped_rows)
-
-
-def share_drawn(seed: int, *identity: object) -> float:
-    """A number in [0, 1) that depends on the seed and the identity alone: adding a row to a trace does not move other draws."""
-    return drawn_seed(seed, *identity) / 2**64
-
-
-def drawn_seed(seed: int, *identity: object) -> int:
-    """An unsigned 64-bit number that depends on the seed and the identity alone."""
-    return int.from_bytes(sha256(repr((seed, *identity)).encode()).digest()[:8], "big")
+        return Timeline(self.initial, self.arrivals, self.duration_s, self.clamped_rows, self.prefix_block_tokens)
 
 
 def merge(capacity: CapacityTrace | None, requests: RequestTrace | None, scaling: Scaling) -> Timeline:
@@ -147,16 +141,20 @@ def merge(capacity: CapacityTrace | None, requests: RequestTrace | None, scaling
     initial, changes = _capacity_actions(capacity, scaling, window_s) if capacity else ({}, [])
     arrivals = _arrivals(requests, scaling, window_s) if requests else []
     actions: list[Action] = sorted([*changes, *arrivals], key=lambda action: action.at_s)  # stable: ties stay in this order
-    return Timeline(initial, tuple(actions), window_s, requests.clamped_rows if requests else 0)
+    clamped, block_tokens = (requests.clamped_rows, requests.prefix_block_tokens) if requests else (0, 0)
+    return Timeline(initial, tuple(actions), window_s, clamped, block_tokens)
 
 
 def _window_s(capacity: CapacityTrace | None, requests: RequestTrace | None, scaling: Scaling) -> float:
     """Length of the replay in its own seconds."""
     if scaling.duration_s is not None:
         return scaling.duration_s / scaling.time_scale
+    if capacity and capacity.is_ended and capacity.end_s is not None:
+        return max(0.0, capacity.end_s - scaling.start_s) / scaling.time_scale
     ends_s = [0.0]
     if capacity and capacity.events:
-        ends_s.append((capacity.events[-1].time_s - scaling.start_s) / scaling.time_scale)
+        end_s = capacity.events[-1].time_s if capacity.end_s is None else capacity.end_s
+        ends_s.append((end_s - scaling.start_s) / scaling.time_scale)
     if requests and requests.requests:
         ends_s.append((requests.requests[-1].arrival_s - scaling.start_s) / scaling.time_scale / scaling.rate_scale)
     return max(ends_s)
@@ -213,6 +211,7 @@ def _arrivals(trace: RequestTrace, scaling: Scaling, window_s: float) -> list[Ar
                 request.output_tokens,
                 temperature if request.temperature is None else request.temperature,
                 drawn_seed(scaling.seed, "seed", row) >> 32 if request.seed is None else request.seed,
+                request.prefix,
             )
         )
     return arrivals

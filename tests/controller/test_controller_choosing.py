@@ -1,10 +1,13 @@
 """Plans where the planner chooses: what is kept, what never idles, when changing pays, and what stands in the way."""
 
+import pytest
 from controller_scene import MODEL, World
 from planned_scene import WHOLE_BYTES, PlannedWorld, hardware
 
+from spotserve.controller.choosing import QUIET_S
+from spotserve.controller.proposals import Proposer
 from spotserve.core.cluster import NoticeKind
-from spotserve.core.messages import ModelRead
+from spotserve.core.messages import InstanceLaunched, ModelRead
 
 HALF = hardware(int(0.75 * WHOLE_BYTES))
 """Too small for the model: a replica takes two of them."""
@@ -138,3 +141,36 @@ def test_a_change_that_is_under_way_is_finished_rather_than_taken_back() -> None
     world.answer_all()
     devices = [device for replica in world.state.replicas.values() for device in replica.devices.values()]
     assert len(devices) == len(set(devices))
+
+
+def test_no_deadline_that_has_passed_is_asked_for_again() -> None:
+    """A machine that is coming is waited for; when it has come, and nothing can be planned still, nothing is due for that."""
+    world = PlannedWorld(hardware(int(0.3 * WHOLE_BYTES)))
+    world.join("i-1")
+    world.hear(InstanceLaunched(instance_id="i-2", spot=True, zone="a", usd_per_hour=1.0))
+    assert world.state.next_deadline_s is not None
+    world.register("i-2")
+    world.wait(30.0)
+    due_s = world.state.next_deadline_s
+    assert due_s is None or due_s > world.now_s
+
+
+def test_nothing_is_searched_while_machines_and_load_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = PlannedWorld(HALF)
+    world.serve("i-1", "i-2", "i-3")
+    world.wait(2 * QUIET_S)
+    plan = world.state.plan
+    searches: list[object] = []
+    monkeypatch.setattr(Proposer, "propose", lambda *arguments, **named: searches.append(arguments) or [])
+    world.wait(20 * QUIET_S)
+    assert searches == []
+    assert world.state.plan is plan
+
+
+def test_a_fleet_that_is_gone_is_not_looked_at_all_the_time() -> None:
+    world = PlannedWorld()
+    world.serve("i-1")
+    world.lose("i-1")
+    world.wait(3 * QUIET_S)
+    due_s = world.state.next_deadline_s
+    assert due_s is None or due_s > world.now_s

@@ -6,7 +6,7 @@ import sys
 
 def test_no_tensors_no_store_no_cloud() -> None:
     heavy = ["torch", "transformers", "redis", "boto3", "fastapi", "uvicorn", "numpy"]
-    program = f"import sys, spotserve.demo.run, spotserve.replay.__main__; print([n for n in {heavy} if n in sys.modules])"
+    program = f"import sys, spotserve.demo.run, spotserve.replay.run; print([n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

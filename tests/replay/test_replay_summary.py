@@ -101,7 +101,7 @@ def test_by_hand() -> None:
         "instance_seconds": 21.5 + 52.0 + 70.0,
         "cost_usd": 0.1435,
         "cost_on_demand_usd": 2.0,
-        "usd_per_million_tokens": 0.1435 / 15 * 1e6,
+        "usd_per_million_output_tokens": 0.1435 / 15 * 1e6,
     }
     assert {key: found[key] for key in expected} == pytest.approx(expected)
 

@@ -4,16 +4,17 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from spotserve.cli.app import app
 from spotserve.demo.run import SCALING
-from spotserve.replay.__main__ import main
 from spotserve.replay.formats import parse_capacity, parse_requests, read_trace_text
 from spotserve.replay.generate import lives_s, loss_sizes
 from spotserve.replay.run import read_timeline
 
 TRACES = Path(__file__).parents[2] / "traces"
 COMMANDS = dict(
-    re.findall(r"^\| `([\w-]+\.csv)` \|.*\| `((?:fleet|load) [^`]+)` \|$", (TRACES / "README.md").read_text(), re.MULTILINE)
+    re.findall(r"^\| `([\w-]+\.csv)` \|.*\| `((?:capacity|requests) [^`]+)` \|$", (TRACES / "README.md").read_text(), re.MULTILINE)
 )
 
 
@@ -22,9 +23,10 @@ def test_every_trace_has_its_command() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_the_command_writes_the_file(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(COMMANDS[name].split()) == 0
-    text = capsys.readouterr().out
+def test_the_command_writes_the_file(name: str) -> None:
+    made = CliRunner().invoke(app, ["traces", "make", *COMMANDS[name].split()])
+    assert made.exit_code == 0
+    text = made.stdout
     assert text == (TRACES / name).read_text()
     read = parse_capacity(text, name).events if name.startswith(("fleet", "demo-capacity")) else parse_requests(text, name).requests
     assert read
