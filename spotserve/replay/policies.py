@@ -71,7 +71,7 @@ POLICIES: Mapping[str, Policy] = {
         Policy(
             "spothedge",
             "SkyServe's SpotHedge: whole replicas, one spare on spot, on demand while spot ones are not ready, clients that retry",
-            "prices by zone, several kinds of machines, its autoscaler: there are as many replicas as the mean load needs",
+            "its autoscaler: the mean load is known from the start; its delays in probing and routing; prices by zone",
             spothedge.play,
         ),
         Policy(

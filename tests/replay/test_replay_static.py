@@ -1,12 +1,10 @@
-"""The published policies in small: batches by hand, the arranger's rule, what is inherited, SkyServe's counts."""
+"""The published policies in small: batches by hand, the arranger's rule, what is inherited."""
 
 from dataclasses import replace
 
 import msgspec
 import pytest
 
-from spotserve.core.messages import InstanceLaunched, InstanceLost, Launch, LaunchRefused, Tick
-from spotserve.core.plan import Parallel
 from spotserve.migration.spotserve_2024 import PublishedShape
 from spotserve.planner.devices import instance_type
 from spotserve.planner.models import named_model
@@ -17,7 +15,6 @@ from spotserve.replay.outcome import Gaps
 from spotserve.replay.policies import POLICIES
 from spotserve.replay.published_case import published_case
 from spotserve.replay.scenario import Delays, Prices, PublishedCase, Scenario, show_nothing
-from spotserve.replay.spothedge import SpotHedge
 from spotserve.replay.static_batches import BatchTimes, Pipeline
 from spotserve.replay.timeline import Action, Arrive, GiveNotice, Take, Timeline
 from spotserve.replay.timeline import Launch as TraceLaunch
@@ -117,22 +114,3 @@ def test_a_case_from_the_cost_model_can_be_played() -> None:
     assert case.required_rps == pytest.approx(1.15 * 100 / 230) and case.min_devices >= 1
     played = POLICIES["spotserve-2024"].play(given, show_nothing)
     assert all(each.is_whole for each in played.outcomes)
-
-
-def test_spothedge_asks_for_a_spare_and_stands_in_on_demand() -> None:
-    mind = SpotHedge(Parallel(tensor=4), 2, ["a", "b"], machine_devices=4, falls_back=True)
-    asked = [each for each in mind.handle(Tick(), 1.0) if isinstance(each, Launch)]
-    assert sum(each.count for each in asked if each.spot) == 3 and sum(each.count for each in asked if not each.spot) == 2
-    assert {each.zone for each in asked if each.spot} == {"a", "b"}
-    assert mind.handle(Tick(), 2.0) == [], "what was asked for is not asked for again"
-
-
-def test_a_zone_that_takes_a_machine_is_left_alone_while_others_give() -> None:
-    mind = SpotHedge(Parallel(tensor=4), 1, ["a", "b", "c"], machine_devices=4, falls_back=False)
-    mind.handle(Tick(), 1.0)
-    for number, zone in enumerate(("a", "b")):
-        mind.handle(InstanceLaunched(instance_id=f"i-{number}", spot=True, zone=zone, usd_per_hour=1.0), 2.0)
-    commands = mind.handle(InstanceLost(instance_id="i-0", reason="taken"), 3.0)
-    assert [command.zone for command in commands if isinstance(command, Launch)] == ["c"]
-    refused = mind.handle(LaunchRefused(count=1, spot=True, zone="c", reason="none"), 4.0)
-    assert refused == [] and mind.next_deadline_s == 34.0
