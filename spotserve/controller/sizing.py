@@ -19,6 +19,9 @@ ABOUT_AS_FAST = 1.25
 SPARE_SHARE = 0.15
 """Of what the machines can serve: loads swing, and where little is spare requests wait for each other."""
 
+AGAIN_S = 60.0
+"""No sooner is it asked again: machines take longer to start, and each question is some searches of large fleets."""
+
 
 class Sizing:
     """The number of machines that the load needs."""
@@ -29,14 +32,16 @@ class Sizing:
         self._least = least
         self._most = most
         self._found: tuple[Workload, int] | None = None
+        self._asked_s = 0.0
 
     def wanted(self, now_s: float) -> int:
         """Machines to hold for the load that is expected now."""
         if self._chooser.blindness() is not None:
             return self._least
         workload = self._chooser.believed(now_s)
-        if self._found is None or self._found[0] != workload:
+        if self._found is None or (self._found[0] != workload and now_s >= self._asked_s + AGAIN_S):
             self._found = (workload, max(self._least, self._fewest(now_s)))
+            self._asked_s = now_s
         return self._found[1]
 
     def _fewest(self, now_s: float) -> int:

@@ -61,6 +61,8 @@ def test_nothing_is_asked_again_while_the_load_is_the_same() -> None:
     asked = chooser.asked
     chooser.load = Workload(2.0, LOAD.prompt, LOAD.output)
     sizing.wanted(10.0)
+    assert chooser.asked == asked, "machines cannot follow so fast"
+    sizing.wanted(70.0)
     assert asked <= 7 and chooser.asked == 2 * asked
 
 
