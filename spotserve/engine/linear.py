@@ -10,6 +10,7 @@ What shards cannot do freely is add: the sum over the inputs of a layer that is 
 products in a fixed tree, ((0 + 1) + (2 + 3)), of which every shard computes its part and `Shards.sum` the rest.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
@@ -18,6 +19,10 @@ import torch.nn.functional as F
 
 from spotserve.core.errors import ModelError
 from spotserve.engine.shards import Shards
+
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+"""With the tiles of newer processors (AMX) the bits of a row depend on how many others there are. The library reads this when it
+computes for the first time; who sets it is left alone."""
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 Quantization = Literal["none", "int8"]

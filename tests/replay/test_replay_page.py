@@ -139,7 +139,9 @@ def test_cells_and_what_is_best() -> None:
 @given(st.floats(1e-4, 1e5), st.floats(1.0, 1e4))
 def test_scales_hold_their_values_and_have_marks(low: float, factor: float) -> None:
     for scale in (svg.logarithmic(low, low * factor, 0, 100), svg.linear(low * factor, 0, 100)):
-        assert scale.low <= low * factor <= scale.high * (1 + 1e-9) and 0 <= scale(low * factor) <= 100
+        assert (
+            scale.low <= low * factor * (1 + 1e-9) and low * factor <= scale.high * (1 + 1e-9) and 0 <= scale(low * factor) <= 100
+        )
         assert 2 <= len(scale.ticks()) <= 7 and all(0 <= scale(tick) <= 100 for tick in scale.ticks())
 
 
