@@ -136,6 +136,18 @@ def local_cluster(home: Path, *arguments: str, replicas: int) -> Iterator[LocalC
         cluster.stop_hard()
 
 
+def busy_instance(cluster: LocalCluster) -> str:
+    """The instance that runs something, as soon as a heartbeat has told of one. What runs has to last: drafted answers may not."""
+    found: list[str] = []
+
+    def look() -> bool:
+        found[:] = [item["instances"][0] for item in cluster.status()["replicas"] if item["running"]]
+        return bool(found)
+
+    cluster.wait_until(look, "some replica runs something")
+    return found[0]
+
+
 def free_port() -> int:
     """A port that nothing listens on now."""
     with socket.socket() as probe:

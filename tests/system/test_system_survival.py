@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from local_cluster import Answer, LocalCluster, alive, local_cluster, read_events, stream, with_deadline
+from local_cluster import Answer, LocalCluster, alive, busy_instance, local_cluster, read_events, stream, with_deadline
 
 BODY: dict[str, Any] = {
     "model": "spotserve-demo",
@@ -26,7 +26,9 @@ BODY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    with local_cluster(tmp_path_factory.mktemp("home"), "--dtype", "float64", "--restock", "0.3", replicas=2) as running:
+    # Speculation off: the second time the suffix drafter knows the answer, which would be over before anybody is taken.
+    arguments = ("--dtype", "float64", "--restock", "0.3", "--speculation", "off")
+    with local_cluster(tmp_path_factory.mktemp("home"), *arguments, replicas=2) as running:
         yield running
 
 
@@ -36,18 +38,6 @@ def fleet(cluster: LocalCluster) -> LocalCluster:
     cluster.wait_until(lambda: sum(item["state"] == "serving" for item in cluster.status()["replicas"]) == 2, "two replicas serve")
     cluster.wait_until_idle()
     return cluster
-
-
-def busy_instance(cluster: LocalCluster) -> str:
-    """The instance that runs something, as soon as one does."""
-    found: list[str] = []
-
-    def look() -> bool:
-        found[:] = [item["instances"][0] for item in cluster.status()["replicas"] if item["running"]]
-        return bool(found)
-
-    with_deadline(look, "some replica runs something")
-    return found[0]
 
 
 @pytest.mark.parametrize("grace_s", [0.0, 3.0])
@@ -148,7 +138,6 @@ def test_a_client_that_leaves_frees_its_blocks(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("workers_die_too", [False, True])
 def test_a_stream_goes_on_after_the_gateway_was_killed(tmp_path: Path, workers_die_too: bool) -> None:
-    # Off: the second time the suffix drafter knows the answer, which would be over before anybody is killed.
     with local_cluster(tmp_path, "--dtype", "float64", "--speculation", "off", replicas=2) as cluster:
 
         async def ask(answer: Answer) -> None:
@@ -220,7 +209,8 @@ def test_a_hanging_worker_is_replaced_and_its_answers_go_on(fleet: LocalCluster)
 def test_serving_goes_on_without_its_store(tmp_path: Path) -> None:
     store = tmp_path / "store" / "progress.sqlite"
     store.parent.mkdir()
-    with local_cluster(tmp_path, "--store", f"sqlite:///{store}", "--dtype", "float64", "--restock", "0.3", replicas=2) as cluster:
+    arguments = ("--store", f"sqlite:///{store}", "--dtype", "float64", "--restock", "0.3", "--speculation", "off")
+    with local_cluster(tmp_path, *arguments, replicas=2) as cluster:
 
         async def scenario() -> tuple[Answer, Answer]:
             async with httpx.AsyncClient(timeout=120) as client:
