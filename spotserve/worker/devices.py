@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 OnBroken = Callable[[Activate, Exception], None]
 """Hears that a slot that was up has broken, or ended."""
 
+IsWanted = Callable[[], bool]
+"""Whether a slot is still to come up."""
 
 Coming: TypeAlias = tuple[Slot, int]
 """A slot, and the epoch of the plan that wants it."""
@@ -40,13 +42,13 @@ class DeviceDoor(Protocol):
         """Where its rank listens for other ranks."""
         ...
 
-    async def bring_up(self, activate: Activate, model: OpenModel) -> tuple[int, SlotUp | None]:
+    async def bring_up(self, activate: Activate, model: OpenModel, is_wanted: IsWanted) -> tuple[int, SlotUp | None]:
         """Makes a slot ready; the bytes of weights that came from other devices, and the slot itself when it is in this process
         and this worker leads its replica.
 
         Raises:
             ModelError: the model cannot be cut like this, read or computed.
-            PeerLost: a peer is gone, or did not join in time.
+            PeerLost: a peer is gone, or did not join in time; or the slot was given up before this began.
         """
         ...
 
@@ -67,10 +69,10 @@ class OwnDevice:
         """See `DeviceDoor.rank`."""
         return self.device.server.address
 
-    async def bring_up(self, activate: Activate, model: OpenModel) -> tuple[int, SlotUp | None]:
+    async def bring_up(self, activate: Activate, model: OpenModel, is_wanted: IsWanted) -> tuple[int, SlotUp | None]:
         """See `DeviceDoor.bring_up`."""
         leads = (activate.slot.stage, activate.slot.shard) == (0, 0)
-        up = await gently(lambda: self.device.bring_up(activate, model, leads=leads))
+        up = await gently(lambda: self.device.bring_up(activate, model, leads=leads, is_wanted=is_wanted))
         if not leads:
             self._obey(activate, up)
         return up.pulled_bytes, up if leads else None
@@ -113,8 +115,15 @@ class ChildDevice:
         """See `DeviceDoor.rank`."""
         return self._rank
 
-    async def bring_up(self, activate: Activate, model: OpenModel) -> tuple[int, SlotUp | None]:  # noqa: ARG002 -- it opens its own
+    async def bring_up(
+        self,
+        activate: Activate,
+        model: OpenModel,  # noqa: ARG002 -- the process opens its own
+        is_wanted: IsWanted,
+    ) -> tuple[int, SlotUp | None]:
         """See `DeviceDoor.bring_up`."""
+        if not is_wanted():
+            raise PeerLost("the slot was given up")
         name = activate.slot, activate.plan_epoch
         coming: asyncio.Future[int] = self._loop.create_future()
         self._coming[name] = activate, coming

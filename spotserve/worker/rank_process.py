@@ -131,9 +131,9 @@ class _RankProcess:
         try:
             with self._opening:
                 self._model = self._model or open_model(self._settings)
-            if self._wanted.get(activate.slot) is not activate:
-                raise PeerLost("the slot was taken down")
-            up = self._device.bring_up(activate, self._model, leads=False)
+            up = self._device.bring_up(
+                activate, self._model, leads=False, is_wanted=lambda: self._wanted.get(activate.slot) is activate
+            )
             self._say(Up(activate.slot, activate.plan_epoch, up.pulled_bytes))
             up.rank.serve()
         except (ModelError, PeerLost) as error:

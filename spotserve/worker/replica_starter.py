@@ -157,9 +157,11 @@ class ReplicaStarter:
 
     async def _bring_up(self, activate: Activate) -> int:
         """Bytes of weights that came from other devices."""
+
+        def is_wanted() -> bool:
+            return self._active.get(activate.slot) is activate
+
         model = await self._open()
-        if self._active.get(activate.slot) is not activate:
-            raise PeerLost("the slot was given up")
         if activate.device_index >= len(self._devices):
             raise ModelError(
                 f"{self._worker.instance_id} has {len(self._devices)} devices, not one of index {activate.device_index}"
@@ -168,16 +170,17 @@ class ReplicaStarter:
         leads = (activate.slot.stage, activate.slot.shard) == (0, 0)
         draft_model = await self._load_draft_model(model) if leads else None
         if leads and device.rank != self._own.server.address:
-            (pulled_bytes, _), joined = await asyncio.gather(device.bring_up(activate, model), gently(lambda: self._join(activate)))
+            coming = device.bring_up(activate, model, is_wanted)
+            (pulled_bytes, _), joined = await asyncio.gather(coming, gently(lambda: self._join(activate)))
             ranks: Ranks = LinkedRanks(None, joined)
             group: Group | None = joined
         else:
-            pulled_bytes, up = await device.bring_up(activate, model)
+            pulled_bytes, up = await device.bring_up(activate, model, is_wanted)
             if up is None:
                 return pulled_bytes
             group = up.group
             ranks = SingleRank(up.rank) if group is None else LinkedRanks(up.rank, group)
-        if self._active.get(activate.slot) is activate:
+        if is_wanted():
             self._lead(activate, ranks, model, draft_model)
             if group is not None:  # an idle engine would not notice
                 group.on_broken(partial(self._broken_elsewhere, asyncio.get_running_loop(), activate))

@@ -9,12 +9,14 @@ import ctypes
 import gc
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from spotserve.config import EngineSettings
 from spotserve.core.cut import layers_of
+from spotserve.core.errors import PeerLost
 from spotserve.core.messages import Activate
 from spotserve.core.plan import Slot
 from spotserve.engine.assemble import Pull
@@ -69,17 +71,19 @@ class Device:
         with self._lock:
             return tuple(self._slots)
 
-    def bring_up(self, activate: Activate, model: OpenModel, *, leads: bool) -> SlotUp:
+    def bring_up(self, activate: Activate, model: OpenModel, *, leads: bool, is_wanted: Callable[[], bool]) -> SlotUp:
         """Makes a slot ready, and joins it to its group. Takes as long as its weights take; for a thread of its own.
 
         Args:
             activate: what to bring up.
             model: its files and catalogue.
             leads: whether the leader of the replica calls this rank directly.
+            is_wanted: whether the slot is still to come up. Asked once `take_down` would find it: one that came earlier, while
+                the thread had not begun, has found nothing to take down.
 
         Raises:
             ModelError: the model cannot be cut like this, read or computed.
-            PeerLost: a peer is gone, or did not join in time.
+            PeerLost: a peer is gone, or did not join in time; or the slot was given up.
         """
         parallel, slot = activate.replica.parallel, activate.slot
         spec = model.catalogue.spec
@@ -92,6 +96,8 @@ class Device:
             self._groups[slot] = group
             self.server.expect(group)
         try:
+            if not is_wanted():
+                raise PeerLost("the slot was given up")
             layers = layers_of(spec, parallel)[slot.stage]
             prepared = prepare(
                 model,

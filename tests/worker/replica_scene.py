@@ -90,7 +90,7 @@ def start(
             members=members,
             transfers=(transfers or {}).get(slot, ()),
         )
-        return used[index].bring_up(activate, model, leads=index == 0)
+        return used[index].bring_up(activate, model, leads=index == 0, is_wanted=lambda: True)
 
     with ThreadPoolExecutor(len(used)) as pool:
         ups = list(pool.map(bring_up, range(len(used))))

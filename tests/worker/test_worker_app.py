@@ -1,8 +1,9 @@
 """A worker's process without the process: what it tells a controller that the test plays, and what it does when told to."""
 
 import asyncio
+import socket
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -36,10 +37,22 @@ from spotserve.core.plan import Parallel, ReplicaPlan, Slot
 from spotserve.system_folder import SystemFolder, SystemRecord
 from spotserve.wire import bound_port, listen
 from spotserve.worker.app import WorkerProcess
+from spotserve.worker.devices import gently
 from spotserve.worker.options import WorkerOptions
+from spotserve.worker.slots import SlotUp
 from spotserve.worker.worker import Worker
 
 pytestmark = pytest.mark.anyio
+
+NOWHERE = Address("127.0.0.1", 1)
+"""Where nobody listens."""
+
+
+@pytest.fixture
+def silent() -> Iterator[Address]:
+    """Somebody who takes every link, and says nothing on it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield Address("127.0.0.1", listening.getsockname()[1])
 
 
 @asynccontextmanager
@@ -75,13 +88,18 @@ async def at_work(
 
 
 def activate(
-    process: WorkerProcess, replica_id: str = "r-1", *, plan_epoch: int = 3, device_index: int = 0, **parallel: int
+    process: WorkerProcess,
+    replica_id: str = "r-1",
+    *,
+    plan_epoch: int = 3,
+    device_index: int = 0,
+    others: Address = NOWHERE,
+    **parallel: int,
 ) -> Activate:
-    """For the first slot of a replica of which the other slots, if there are any, are nowhere."""
+    """For the first slot of a replica; the other slots, if there are any, are on `others`."""
     replica = ReplicaPlan(replica_id=replica_id, parallel=Parallel(**parallel))
     (rank,) = process._replicas.ranks
-    nowhere = Address("127.0.0.1", 1)
-    members = tuple(Member(slot, DeviceId("i-1", index), nowhere if index else rank) for index, slot in enumerate(replica.slots))
+    members = tuple(Member(slot, DeviceId("i-1", index), others if index else rank) for index, slot in enumerate(replica.slots))
     return Activate(
         instance_id="i-1", device_index=device_index, replica=replica, slot=replica.slots[0], plan_epoch=plan_epoch, members=members
     )
@@ -288,14 +306,40 @@ async def test_an_engine_that_breaks_ends_the_process_with_its_error(model_folde
             await asyncio.wait_for(process.stopped, PATIENCE_S)
 
 
-async def test_what_a_lost_controller_wanted_is_given_up_before_the_next_one_is_told(model_folder: Path, tmp_path: Path) -> None:
+async def test_what_a_lost_controller_wanted_is_given_up_before_the_next_one_is_told(
+    model_folder: Path, tmp_path: Path, silent: Address
+) -> None:
     async with at_work(SystemFolder(tmp_path), str(model_folder)) as (process, _, office):
         await office.hears(Registered)
-        office.say(activate(process, pipeline=2))  # waits for a rank that is nowhere
+        office.say(activate(process, pipeline=2, others=silent))
         await until(lambda: process._replicas._active)
         assert office.channel is not None
         office.channel.close()
         again = await office.hears(Registered)
         assert again.replicas == ()
         office.say(activate(process, plan_epoch=9))  # the same name, given by a controller that knows nothing of the first
+        assert (await office.hears(SlotReady)).plan_epoch == 9
+
+
+async def test_a_slot_that_is_given_up_before_its_loader_has_begun_joins_nobody(
+    model_folder: Path, tmp_path: Path, silent: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaders are threads of low priority: on a busy machine they begin after the next message has been heard."""
+    has_left, late = asyncio.Event(), []
+
+    async def gently_and_late(load: Callable[[], SlotUp]) -> SlotUp:
+        late.append(load)
+        if len(late) == 1:
+            await has_left.wait()
+        return await gently(load)
+
+    monkeypatch.setattr("spotserve.worker.devices.gently", gently_and_late)
+    async with at_work(SystemFolder(tmp_path), str(model_folder)) as (process, _, office):
+        await office.hears(Registered)
+        office.say(activate(process, pipeline=2, others=silent))
+        await until(lambda: late)
+        office.say(deactivate())
+        await until(lambda: not process._replicas._active)
+        has_left.set()
+        office.say(activate(process, plan_epoch=9))
         assert (await office.hears(SlotReady)).plan_epoch == 9
