@@ -149,6 +149,8 @@ async def listen(
             await on_channel(Channel(reader, writer, inbound))
         except (OSError, TimeoutError, asyncio.IncompleteReadError, ChannelClosed):
             pass  # gone before or after it said who it was: its owner's loss handling has run
+        except asyncio.CancelledError:
+            pass  # the process ends; asyncio logs a task of a server that ends cancelled as an error, up to Python 3.11
         except WireError as error:
             on_refused(str(error))
         finally:

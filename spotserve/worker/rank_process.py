@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+from contextlib import suppress
 from typing import NoReturn, TypeAlias
 
 import msgspec
@@ -143,5 +144,5 @@ class _RankProcess:
             self._control.close()  # ends this process, and tells the worker so
 
     def _say(self, message: FromRank) -> None:
-        with self._saying:
+        with self._saying, suppress(PeerLost):  # without its worker this process ends
             self._control.send(message)
