@@ -1,180 +1,269 @@
 """How far a simulated replay is off: the same traces, simulated and against a local cluster, measure by measure.
 
-    python benchmarks/fidelity.py [--json]
+    python benchmarks/fidelity.py [--json]          half an hour, on a machine with two cores that does nothing else
 
-A cluster of two instances (one processor core each, of a machine with two) serves three made traces, each with machines that are
-taken, with notice and without. Before that it serves two undisturbed ones, the first to warm up; on the second the constants of the
-replica's speed are fitted (time of a step, of a sequence in it, of a prompt token, of the way of a request), as a profile is
-measured on GPUs; how long machines take to start is measured. Nothing of the three judged runs is fitted. The error is
-simulated / live - 1.
+A cluster of two instances, one processor core each, serves three made traces with machines that are taken, with notice and without,
+three times each in turn: a shared machine is not equally fast all day, and two live runs of one trace differ (`live spread`,
+largest / smallest - 1). The error is simulated / median of the live ones - 1.
+
+What a replay is told about machines is measured, as profiles of GPUs are, on other runs of the same cluster: the speed of a replica
+on undisturbed ones before, between and after the others (`fitted_speed`), the time that machines need to start on one in which
+they come and go by the clock. Nothing is fitted to what is judged.
+
+The model is the one that ships with more layers, so that a step is long beside what client and gateway do on the same two cores,
+and small enough that two instances do not wait for one memory. It does not speculate and keeps no prefixes: how often either helps
+depends on the text, which a trace does not have.
 """
 
 import argparse
 import asyncio
 import json
-from dataclasses import dataclass, replace
-from math import log
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
+import msgspec
+from fitted_speed import FittedSpeed, fit_speed
 from rich.console import Console
 from rich.table import Table
-from scipy.optimize import minimize
 
+from spotserve.bench.enlarged import enlarge
 from spotserve.cli.local import own_cluster
 from spotserve.cli.plan_inputs import read_model
-from spotserve.config import LocalCloudSettings
+from spotserve.config import EngineSettings, LocalCloudSettings
 from spotserve.core.hardware import DeviceType, InstanceType, Link
+from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel
 from spotserve.planner.speed import ReplicaSpeed
 from spotserve.replay import live
+from spotserve.replay.comparison import FIDELITY
 from spotserve.replay.generate import FleetModel, LoadModel, fleet_events, load_requests
 from spotserve.replay.lived import lived
 from spotserve.replay.measures import Measures, measure
 from spotserve.replay.ours import play_production
+from spotserve.replay.outcome import Replayed
 from spotserve.replay.record import RunRecord
 from spotserve.replay.run import ReplayOptions, connected, driven_by_trace
 from spotserve.replay.scenario import Delays, Prices, Scenario, show_nothing
 from spotserve.replay.summary import Objectives
-from spotserve.replay.timeline import Scaling, Timeline, merge
-from spotserve.replay.trace import CapacityTrace, RequestTrace
+from spotserve.replay.timeline import Action, Arrive, Scaling, Timeline, merge
+from spotserve.replay.trace import CapacityEvent, CapacityTrace, RequestTrace
 
 INSTANCES = 2
-LENGTH_S = 75.0
-GRACE_S = 3.0
+JUDGED_S, CALIBRATION_S, STARTS_S = 120.0, 45.0, 72.0
 SEEDS = (3, 4, 5)
-RATE_RPS = 2.0
+UNDISTURBED_SEEDS = (12, 13, 14, 17)
+"""Of runs between which all traces are served once: three times each."""
+RATE_RPS = 1.5
+BURSTS_CV = 4.0
+ENGINE_STEP_TOKENS = EngineSettings().max_step_tokens
 OBJECTIVES = Objectives(ttft_s=0.5, tpot_s=0.05)
-COMPARED = (
-    *(f"{name}_p{percent}_s" for name in ("ttft", "tpot", "e2e") for percent in (50, 90, 99)),
-    "goodput_share",
-    "requests_lost",
-    "requests_interrupted",
-)
+_COMES_AND_GOES = """
+    0 +a  0 +b  8 -a 10 +c 18 -b 20 +d 28 -c 30 +e 38 -d 40 +f
+    48 -e 48 -f 50 +g 56 -g 58 +h 64 -h 66 +i
+"""
+"""Seconds, and who comes or goes: `NUM_BESIDE` machines that start beside another one, then three that start alone."""
+NUM_BESIDE = 4
 
 
 @dataclass(frozen=True)
-class FittedSpeed:
-    """A replica of the local cluster by a few constants; a `ReplicaSpeed`."""
+class Starts:
+    """How long machines of the cluster take until they serve, in seconds."""
 
-    step_s: float
-    sequence_s: float
-    prompt_token_s: float
-    way_s: float
-    """From a client to its first step, and back."""
-    max_batch: int = 32
-    kv_tokens: int = 32_768
-
-    def token_s(self, sequences: float, context_tokens: float) -> float:
-        """See `ReplicaSpeed`."""
-        del context_tokens
-        return self.step_s + self.sequence_s * sequences
-
-    def prompt_s(self, tokens: float) -> float:
-        """See `ReplicaSpeed`."""
-        return self.prompt_token_s * tokens
-
-    def first_token_s(self, tokens: float) -> float:
-        """See `ReplicaSpeed`."""
-        return self.way_s + self.prompt_token_s * tokens
+    start_up_s: float
+    """From its launch until a worker takes commands."""
+    beside_s: float
+    """From there until its replica serves, while another one serves, which has the weights."""
+    alone_s: float
+    """The same when there is no other: weights from files, and both cores."""
 
 
-def timeline_of(seed: int, *, is_disturbed: bool) -> Timeline:
-    """A minute and a quarter of requests, on machines that are taken or not."""
-    load = load_requests(
-        LoadModel(
-            duration_s=LENGTH_S,
-            rate_per_s=RATE_RPS,
-            prompt_median=140,
-            prompt_low=60,
-            prompt_high=250,
-            output_median=200,
-            output_low=80,
-            output_high=400,
-            length_sigma=0.4,
-            seed=seed,
-        )
+def requests_of(seed: int, length_s: float, *, gap_cv: float = 1.0) -> RequestTrace:
+    """Prompts some four times as long as answers, as in the Azure trace of conversations."""
+    load = LoadModel(
+        duration_s=length_s,
+        rate_per_s=RATE_RPS,
+        arrivals="gamma",
+        gap_cv=gap_cv,
+        prompt_median=400,
+        prompt_low=150,
+        prompt_high=750,
+        output_median=100,
+        output_low=40,
+        output_high=200,
+        length_sigma=0.4,
+        seed=seed,
     )
-    fleet = fleet_events(
-        FleetModel(instances=INSTANCES, duration_s=LENGTH_S, mean_life_s=30, mean_restock_s=3, keep=1, bulk_share=0.0, seed=seed)
+    return RequestTrace(load_requests(load), "made")
+
+
+def judged(seed: int) -> Timeline:
+    """Two minutes of requests on machines that live 40 seconds in the mean; half of the losses have three seconds of notice."""
+    model = FleetModel(
+        instances=INSTANCES, duration_s=JUDGED_S, mean_life_s=40, mean_restock_s=5, keep=0, bulk_share=0.0, seed=seed
     )
-    events = fleet if is_disturbed else fleet[:INSTANCES]
-    scaling = Scaling(grace_s=GRACE_S, notice_share=0.5, duration_s=LENGTH_S, seed=seed)
-    return merge(CapacityTrace(events, "made"), RequestTrace(load, "made"), scaling)
+    scaling = Scaling(grace_s=3.0, notice_share=0.5, duration_s=JUDGED_S, seed=seed)
+    return merge(CapacityTrace(fleet_events(model), "made"), requests_of(seed, JUDGED_S), scaling)
 
 
-async def run_live(url: str, secret: str, timelines: list[Timeline]) -> list[RunRecord]:
+def undisturbed(seed: int) -> Timeline:
+    """Machines that stay, and bursts of requests: batches of all sizes that losses will lead to."""
+    stays = tuple(CapacityEvent(0.0, "add", f"i{number}") for number in range(INSTANCES))
+    return merge(
+        CapacityTrace(stays, "made"), requests_of(seed, CALIBRATION_S, gap_cv=BURSTS_CV), Scaling(duration_s=CALIBRATION_S)
+    )
+
+
+def comes_and_goes(seed: int) -> Timeline:
+    """Machines that start where something else serves, and where nothing does."""
+    words = _COMES_AND_GOES.split()
+    events = [
+        CapacityEvent(float(at_s), "add" if who[0] == "+" else "remove", who[1:])
+        for at_s, who in zip(words[::2], words[1::2], strict=True)
+    ]
+    scaling = Scaling(grace_s=0.0, duration_s=STARTS_S)
+    return merge(CapacityTrace(tuple(events), "made"), requests_of(seed, STARTS_S), scaling)
+
+
+def starts_of(run: RunRecord) -> Starts:
+    """Medians of the run of `comes_and_goes`."""
+    seen: dict[str, dict[str, float]] = {}
+    for event in run.fleet_events:
+        if event.instance is not None:
+            seen.setdefault(event.instance, {}).setdefault(event.kind, event.time_s)
+    machines = sorted(
+        (kinds for kinds in seen.values() if {"launched", "ready"} <= kinds.keys()), key=lambda kinds: kinds["launched"]
+    )
+    brought_up_s = [kinds["ready"] - kinds["registered"] for kinds in machines]
+    return Starts(
+        start_up_s=median(kinds["registered"] - kinds["launched"] for kinds in machines),
+        beside_s=median(brought_up_s[:NUM_BESIDE]),
+        alone_s=median(brought_up_s[NUM_BESIDE:]),
+    )
+
+
+async def run_live(url: str, secret: str, timelines: Sequence[Timeline]) -> list[RunRecord]:
     """Each timeline against the cluster."""
     with TemporaryDirectory() as folder:
         options = ReplayOptions(url=url, secret=secret, out=Path(folder), requests=Path(folder))
         async with connected(options, Console(stderr=True)) as system, driven_by_trace(system, options.prices):
-            runs = []
-            for number, timeline in enumerate(timelines):
-                runs.append(await live.carry_out(timeline, system, label=f"live {number}", patience_s=120.0))
-            return runs
+            return [
+                await live.carry_out(timeline, system, label=f"live {number} of {len(timelines)}", patience_s=120.0)
+                for number, timeline in enumerate(timelines, start=1)
+            ]
 
 
-def simulated(timeline: Timeline, speed: FittedSpeed, start_up_s: float, bring_up_s: float) -> Measures:
-    """The same timeline without machines."""
-    device = DeviceType(name="cpu", memory_bytes=4 * 10**9, flops_per_s=1e11, memory_bytes_per_s=1e10, layer_overhead_s=0.0)
-    machine = InstanceType(
-        name="local",
-        device=device,
-        num_devices=1,
-        device_link=Link(0.0, 1e9),
-        network=Link(2e-3, 4e8),
-        host_memory_bytes=4 * 10**9,
-        host_link=Link(0.0, 1e9),
-    )
+@dataclass(frozen=True)
+class World:
+    """What the simulated cluster is made of."""
 
-    def speed_of(parallel: Parallel, hardware: InstanceType) -> ReplicaSpeed | str:
-        del hardware
-        return speed if parallel.num_slots == 1 else "one device each"
+    model: ModelSpec
+    starts: Starts
 
-    scenario = Scenario(
-        timeline=timeline,
-        model=MODEL,
-        machine=machine,
-        prices=Prices(spot_usd_per_hour=1.0, on_demand_usd_per_hour=2.0),
-        delays=Delays(start_up_s=start_up_s, file_bytes_per_s=1e9, bring_up_s=bring_up_s, loss_heard_s=0.05),
-        speed_of=speed_of,
-        max_batch=32,
-        grace_s=GRACE_S,
-    )
-    settings = {"planning": "shape", "pipeline": 1, "tensor": 1}
-    played = play_production(scenario, show_nothing, policy="spotserve", settings=settings)
-    return measure(played, OBJECTIVES)
+    def play(self, timeline: Timeline, speed: FittedSpeed) -> Replayed:
+        """The same timeline without machines."""
 
+        def speed_of(parallel: Parallel, hardware: InstanceType) -> ReplicaSpeed | str:
+            del hardware
+            return speed if parallel.num_slots == 1 else "one device each"
 
-def fitted(timeline: Timeline, measured: Measures) -> FittedSpeed:
-    """The constants with which the undisturbed run comes out best."""
-    names = [f"{name}_{what}_s" for name in ("ttft", "tpot", "e2e") for what in ("mean", "p50", "p90")]
-
-    def off(values: list[float]) -> float:
-        speed = FittedSpeed(*(abs(value) for value in values))
-        found = simulated(timeline, speed, 3.0, 0.5)
-        return sum(log(float(found[name] or 1e-9) / float(measured[name] or 1e-9)) ** 2 for name in names)
-
-    starts = ([0.002, 0.002, 0.0002, 0.02], [0.004, 0.0005, 0.0002, 0.02], [0.008, 0.001, 0.0001, 0.05])
-    tried = [minimize(off, start, method="Nelder-Mead", options={"maxiter": 250, "xatol": 1e-7, "fatol": 1e-6}) for start in starts]
-    best = min(tried, key=lambda each: float(each.fun))
-    return FittedSpeed(*(abs(float(value)) for value in best.x))
+        weight_bytes, starts = self.model.weight_bytes, self.starts
+        scenario = Scenario(
+            timeline=timeline,
+            model=self.model,
+            machine=msgspec.structs.replace(CORE, network=Link(0.0, weight_bytes / max(starts.beside_s - BUILD_S, 0.01))),
+            prices=Prices(spot_usd_per_hour=1.0, on_demand_usd_per_hour=2.0),
+            delays=Delays(
+                start_up_s=starts.start_up_s,
+                file_bytes_per_s=weight_bytes / max(starts.alone_s - BUILD_S, 0.01),
+                bring_up_s=BUILD_S,
+                loss_heard_s=0.05,
+            ),
+            speed_of=speed_of,
+            max_batch=speed.max_batch,
+            step_tokens=ENGINE_STEP_TOKENS,
+        )
+        settings = {"planning": "shape", "pipeline": 1, "tensor": 1}
+        return play_production(scenario, show_nothing, policy="spotserve", settings=settings)
 
 
-def delays_of(runs: list[RunRecord]) -> tuple[float, float]:
-    """Medians: from a launch until a worker takes commands, and from there until its replica serves."""
-    starts, brings = [], []
-    for run in runs:
-        seen: dict[str, dict[str, float]] = {}
-        for event in run.fleet_events:
-            if event.instance is not None:
-                seen.setdefault(event.instance, {}).setdefault(event.kind, event.time_s)
-        for kinds in seen.values():
-            if "launched" in kinds and "registered" in kinds:
-                starts.append(kinds["registered"] - kinds["launched"])
-                if "ready" in kinds:
-                    brings.append(kinds["ready"] - kinds["registered"])
-    return (sorted(starts)[len(starts) // 2] if starts else 3.0, sorted(brings)[len(brings) // 2] if brings else 0.5)
+def as_sent(timeline: Timeline, run: RunRecord) -> Timeline:
+    """The lengths that the system saw: prompts by its own count, answers as long as they became."""
+    seen = {record.arrival.index: record for record in run.requests if record.complete}
+
+    def adjusted(action: Action) -> Action:
+        record = seen.get(action.index) if isinstance(action, Arrive) else None
+        if record is None or not isinstance(action, Arrive):
+            return action
+        return replace(action, prompt_tokens=record.prompt_tokens or 1, output_tokens=len(record.token_ids))
+
+    return replace(timeline, actions=tuple(adjusted(action) for action in timeline.actions))
+
+
+def measured(run: RunRecord, timeline: Timeline) -> Measures:
+    """A live run as reports measure it."""
+    return measure(lived(run, LocalCloudSettings(), duration_s=timeline.duration_s, seed=0), OBJECTIVES)
+
+
+def itinerary() -> list[Timeline]:
+    """What the cluster serves, in turn: starts; then all traces that are judged, again and again, between undisturbed runs."""
+    timelines = [comes_and_goes(1), undisturbed(UNDISTURBED_SEEDS[0])]
+    for seed in UNDISTURBED_SEEDS[1:]:
+        timelines += [*(judged(each) for each in SEEDS), undisturbed(seed)]
+    return timelines
+
+
+def serve_live(model_folder: Path) -> list[RunRecord]:
+    """The itinerary against a cluster of its own."""
+    enlarge(DEMO_FOLDER, model_folder, hidden_size=256, layers=16, intermediate_size=768, heads=8, dtype="float32")
+    config = model_folder / "settings.toml"
+    config.write_text(f'[engine]\nmodel = "{model_folder}"\ndtype = "float32"\nspeculation = "off"\nprefix_cache = false\n')
+    with own_cluster(0, INSTANCES, config) as (url, secret):
+        return asyncio.run(run_live(url, secret, itinerary()))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One measure of one trace."""
+
+    trace: int
+    measure: str
+    simulated: float | None
+    live: tuple[float | None, ...]
+    """In the order in which they ran."""
+
+    @property
+    def known(self) -> list[float]:
+        """Live ones that are known, smallest first."""
+        return sorted(each for each in self.live if each is not None)
+
+    @property
+    def error(self) -> float | None:
+        """Simulated / median of the live ones - 1."""
+        middle = median(self.known) if self.known else 0.0
+        return None if self.simulated is None or not middle else self.simulated / middle - 1
+
+    @property
+    def spread(self) -> float | None:
+        """Largest / smallest live one - 1."""
+        return self.known[-1] / self.known[0] - 1 if self.known and self.known[0] else None
+
+
+def compare(model: ModelSpec, runs: Sequence[RunRecord]) -> tuple[World, FittedSpeed, list[Compared]]:
+    """The judged runs of an itinerary against their simulations, and what these were told."""
+    timelines = [as_sent(timeline, run) for timeline, run in zip(itinerary(), runs, strict=True)]
+    world = World(model, starts_of(runs[0]))
+    period = len(SEEDS) + 1
+    speed = fit_speed([(timelines[place], runs[place]) for place in range(1, len(runs), period)], world.play)
+    rows = []
+    for number in range(len(SEEDS)):
+        places = range(2 + number, len(runs), period)
+        found = measure(world.play(timelines[places[0]], speed), OBJECTIVES)
+        told = [measured(runs[place], timelines[place]) for place in places]
+        rows += [Compared(number + 1, name, found[name], tuple(each[name] for each in told)) for name in FIDELITY]
+    return world, speed, rows
 
 
 def main() -> None:
@@ -182,51 +271,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="for scripts")
     as_json = parser.parse_args().json
-    warm_up, steady = (timeline_of(seed, is_disturbed=False) for seed in (1, 2))
-    judged = [timeline_of(seed, is_disturbed=True) for seed in SEEDS]
-    with own_cluster(0, INSTANCES) as (url, secret):
-        runs = asyncio.run(run_live(url, secret, [warm_up, steady, *judged]))[1:]
-    measured = [measure(lived(run, LocalCloudSettings(), duration_s=LENGTH_S, seed=0), OBJECTIVES) for run in runs]
-    start_up_s, bring_up_s = delays_of(runs)
-    speed = fitted(_as_sent(steady, runs[0]), measured[0])
-    rows = []
-    for number, (timeline, run, told) in enumerate(zip([steady, *judged], runs, measured, strict=True)):
-        found = simulated(_as_sent(timeline, run), speed, start_up_s, bring_up_s)
-        for name in COMPARED:
-            simulated_value, live_value = float(found[name] or 0.0), float(told[name] or 0.0)
-            error = simulated_value / live_value - 1 if live_value else None
-            trace = "undisturbed (fitted)" if number == 0 else f"trace {number}"
-            rows.append({"trace": trace, "measure": name, "simulated": simulated_value, "live": live_value, "error": error})
-    constants = {"speed": str(speed), "start_up_s": start_up_s, "bring_up_s": bring_up_s}
+    with TemporaryDirectory() as folder:
+        runs = serve_live(Path(folder))
+        world, speed, rows = compare(read_model(folder, "float32"), runs)
     if as_json:
-        print(json.dumps({**constants, "rows": rows}))
+        print(json.dumps({"starts": asdict(world.starts), "speed": asdict(speed), "rows": [asdict(row) for row in rows]}))
         return
     console = Console(width=120)
+    console.print(world.starts, speed)
+    console.print(table_of(rows))
+
+
+def table_of(rows: Sequence[Compared]) -> Table:
+    """A line for each of them."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for head in ("trace", "measure", "simulated", "live", "error"):
-        table.add_column(head, justify="left" if head in ("trace", "measure") else "right")
+    for head in ("trace", "measure", "simulated", "live", "error", "live spread"):
+        table.add_column(head, justify="left" if head == "measure" else "right")
     for row in rows:
-        error = row["error"]
-        told_error = "-" if not isinstance(error, float) else f"{100 * error:+.1f} %"
-        table.add_row(str(row["trace"]), str(row["measure"]), f"{row['simulated']:.4g}", f"{row['live']:.4g}", told_error)
-    console.print(constants)
-    console.print(table)
+        live_told = " ".join(_figure(each) for each in row.live)
+        table.add_row(str(row.trace), row.measure, _figure(row.simulated), live_told, _percent(row.error), _percent(row.spread))
+    return table
 
 
-def _as_sent(timeline: Timeline, run: RunRecord) -> Timeline:
-    """The lengths that the system saw: prompts by its own count, answers as long as they became."""
-    seen = {record.arrival.index: record for record in run.requests}
-
-    def adjusted(action: object) -> object:
-        record = seen.get(getattr(action, "index", -1))
-        if record is None or not record.complete:
-            return action
-        return replace(action, prompt_tokens=record.prompt_tokens or 1, output_tokens=len(record.token_ids))  # type: ignore[type-var]
-
-    return replace(timeline, actions=tuple(adjusted(action) for action in timeline.actions))  # type: ignore[misc]
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
-MODEL = read_model(str(Path(__file__).parents[1] / "spotserve" / "demo" / "models" / "target"), "float32")
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f} %"
+
+
+DEMO_FOLDER = Path(__file__).parents[1] / "spotserve" / "demo" / "models" / "target"
+BUILD_S = 0.3
+"""Of bringing up, what neither sending nor reading takes; only their sums are measured."""
+CORE = InstanceType(
+    name="local",
+    device=DeviceType(name="cpu", memory_bytes=4 * 10**9, flops_per_s=1e11, memory_bytes_per_s=1e10, layer_overhead_s=0.0),
+    num_devices=1,
+    device_link=Link(0.0, 1e9),
+    network=Link(0.0, 1e9),
+    host_memory_bytes=4 * 10**9,
+    host_link=Link(0.0, 1e9),
+)
 
 if __name__ == "__main__":
     main()

@@ -196,10 +196,13 @@ def _is_running(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def own_cluster(port: int, instances: int) -> Iterator[tuple[str, str]]:
-    """A local cluster for as long as it is needed; its URL and secret. Its folder, logs included, is left only when it failed."""
+def own_cluster(port: int, instances: int, config: Path | None = None) -> Iterator[tuple[str, str]]:
+    """A local cluster for as long as it is needed; its URL and secret. Its folder, logs included, is left only when it failed.
+    `config`: a TOML file of settings, as of `up --config`."""
     port = port or _free_port()
     arguments = ["up", "--port", str(port), "--instances", str(instances)]
+    if config is not None:
+        arguments += ["--config", str(config)]
     url = start_in_background(port, arguments)
     try:
         yield url, secret_of(url)

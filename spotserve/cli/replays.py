@@ -17,6 +17,7 @@ from spotserve.cli.replay_runs import command_of, drive, refuse, simulate
 from spotserve.config import LocalCloudSettings
 from spotserve.core.errors import ConfigError
 from spotserve.planner.devices import instance_type, price_usd_per_hour
+from spotserve.planner.memory import STEP_TOKENS
 from spotserve.planner.workload import Objective
 from spotserve.replay.comparison import Compared, compare_folders
 from spotserve.replay.intervals import Interval
@@ -39,6 +40,7 @@ _SIMULATED_ONLY = (
     "rent",
     "fall_back",
     "max_batch",
+    "step_tokens",
     "draft",
     "repeat",
     "jobs",
@@ -110,6 +112,9 @@ def play(
     max_batch: Annotated[
         int, typer.Option(help="Sequences that a replica runs at once at most.", rich_help_panel=_SIMULATION)
     ] = 256,
+    step_tokens: Annotated[
+        int, typer.Option(help="Tokens of the largest step: longer prompts are cut into pieces.", rich_help_panel=_SIMULATION)
+    ] = STEP_TOKENS,
     draft: Annotated[
         str | None,
         typer.Option(
@@ -272,6 +277,7 @@ def play(
         objectives=objectives,
         limits=Objective(**limits),
         max_batch=max_batch,
+        step_tokens=step_tokens,
         draft=read_draft(draft),
         rents=rent,
         falls_back=fall_back,

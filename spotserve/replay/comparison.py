@@ -28,6 +28,7 @@ KEY_OPTIONS = (
     "machine",
     "delays",
     "max_batch",
+    "step_tokens",
     "draft",
     "rents",
     "falls_back",

@@ -10,7 +10,6 @@ from typing import Any
 from spotserve.config import ControllerSettings
 from spotserve.controller.hedging import Place
 from spotserve.controller.methods import PRODUCTION, Methods
-from spotserve.controller.proposals import EngineTerms
 from spotserve.controller.state import ControllerState
 from spotserve.replay.outcome import Replayed
 from spotserve.replay.scenario import Delays, Scenario, Show
@@ -29,10 +28,9 @@ def play_production(
 ) -> Replayed:
     """The production controller, with settings of its own beside what the scenario says."""
     chosen = ControllerSettings.model_validate({**settings_of(scenario), **(settings or {})})
-    engine = EngineTerms(scenario.max_batch, speed_of=scenario.speed_of, draft=scenario.draft)
     rents = chosen.instances is not None
-    state = ControllerState(chosen, engine, _places(scenario) if rents else (), methods)
-    return Simulation(scenario, state, engine, policy=policy, rents=rents, show=show).play()
+    state = ControllerState(chosen, scenario.engine, _places(scenario) if rents else (), methods)
+    return Simulation(scenario, state, policy=policy, rents=rents, show=show).play()
 
 
 def settings_of(scenario: Scenario) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from spotserve.controller.proposals import EngineTerms
 from spotserve.core.hardware import InstanceType
 from spotserve.core.model import ModelSpec
 from spotserve.migration.spotserve_2024 import PublishedShape
 from spotserve.planner.drafting import Draft
+from spotserve.planner.memory import STEP_TOKENS
 from spotserve.planner.profiles import Profile
 from spotserve.planner.shapes import SpeedOf
 from spotserve.planner.workload import Objective, Workload
@@ -91,11 +93,18 @@ class Scenario:
     """The load that policies are told of; None: they measure it."""
     max_batch: int = 256
     """Sequences that a replica runs at once at most."""
+    step_tokens: int = STEP_TOKENS
+    """Tokens of the largest step: longer prompts are cut into pieces, between which everybody else gets a token."""
     draft: Draft | None = None
     """Speculation, as a rate: what every replica drafts with; None: nothing."""
     grace_s: float = 30.0
     """Of every notice; also in the timeline."""
     seed: int = 0
+
+    @property
+    def engine(self) -> EngineTerms:
+        """What replicas are started with."""
+        return EngineTerms(self.max_batch, step_tokens=self.step_tokens, speed_of=self.speed_of, draft=self.draft)
 
 
 Show: TypeAlias = Callable[[float, int, int], None]

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from spotserve.controller.demand import WINDOW_S
-from spotserve.controller.proposals import EngineTerms, engine_speed
+from spotserve.controller.proposals import engine_speed
 from spotserve.controller.records import FleetEvent, Replica
 from spotserve.core.cluster import DeviceId, Notice, ReplicaState
 from spotserve.core.messages import (
@@ -115,7 +115,6 @@ class Simulation:
         self,
         scenario: Scenario,
         mind: Mind,
-        engine: EngineTerms,
         *,
         policy: str,
         rents: bool = False,
@@ -127,7 +126,6 @@ class Simulation:
         Args:
             scenario: what happens to it.
             mind: who decides.
-            engine: what replicas are started with.
             policy: a name for reports.
             rents: whether machines are there only when the mind asks for them; otherwise it has all that the trace has.
             resumes: whether a request that loses its replica goes on from its tokens; otherwise it begins anew.
@@ -138,7 +136,7 @@ class Simulation:
         self._show = show
         self._rents = rents
         self._resumes = resumes
-        self._engine = engine
+        self._engine = scenario.engine
         self.state = mind
         self._agenda = Agenda()
         self._ports = Ports(scenario.machine, at_once=scenario.delays.moves_at_once)

@@ -24,7 +24,7 @@ from math import ceil
 from spotserve.controller.demand import UNKNOWN
 from spotserve.controller.fleet import Fleet
 from spotserve.controller.journal import Journal
-from spotserve.controller.proposals import EngineTerms, engine_speed
+from spotserve.controller.proposals import engine_speed
 from spotserve.controller.records import FleetEvent, Instance, Replica
 from spotserve.controller.routing import Routing
 from spotserve.core.cluster import InstanceState, ReplicaState
@@ -422,9 +422,8 @@ def play(scenario: Scenario, show: Show) -> Replayed:
     Raises:
         ConfigError: no replica of as many machines as may be rented holds the model.
     """
-    engine = EngineTerms(scenario.max_batch, speed_of=scenario.speed_of, draft=scenario.draft)
     workload = (scenario.workload or mean_workload(scenario.timeline)).within(scenario.model.context_tokens)
-    kind = replica_kind(scenario, engine, workload)
+    kind = replica_kind(scenario, workload)
     mind = SpotHedge(
         kind,
         num_target(kind, workload),
@@ -432,7 +431,7 @@ def play(scenario: Scenario, show: Show) -> Replayed:
         most_machines=scenario.most_machines,
         falls_back=scenario.falls_back,
     )
-    return Simulation(scenario, mind, engine, policy="spothedge", rents=True, resumes=False, show=show).play()
+    return Simulation(scenario, mind, policy="spothedge", rents=True, resumes=False, show=show).play()
 
 
 def num_target(kind: ReplicaKind, workload: Workload) -> int:
@@ -452,7 +451,7 @@ def mean_workload(whole: Timeline) -> Workload:
     )
 
 
-def replica_kind(scenario: Scenario, engine: EngineTerms, workload: Workload) -> ReplicaKind:
+def replica_kind(scenario: Scenario, workload: Workload) -> ReplicaKind:
     """The shape that answers a lone request soonest, on as few machines as hold the model and a request.
 
     The service of the paper's experiments is the like: one machine, tensor-parallel over all of its devices.
@@ -469,7 +468,7 @@ def replica_kind(scenario: Scenario, engine: EngineTerms, workload: Workload) ->
             num_machines * machine.num_devices,
             workload,
             Objective(),
-            speed_of=lambda parallel, hardware: engine_speed(model, parallel, hardware, engine),
+            speed_of=lambda parallel, hardware: engine_speed(model, parallel, hardware, scenario.engine),
             max_batch=scenario.max_batch,
         )
         shapes = [*tree.shapes, *tree.dominated]

@@ -18,6 +18,7 @@ from spotserve.core.errors import ConfigError
 from spotserve.core.hardware import InstanceType
 from spotserve.core.model import ModelSpec
 from spotserve.planner.drafting import Draft
+from spotserve.planner.memory import STEP_TOKENS
 from spotserve.planner.workload import Objective
 from spotserve.replay.case import Case, case_name
 from spotserve.replay.draws import share_drawn
@@ -52,6 +53,7 @@ class StudyOptions:
     objectives: Objectives = field(default_factory=Objectives)
     limits: Objective = field(default_factory=Objective)
     max_batch: int = 256
+    step_tokens: int = STEP_TOKENS
     draft: Draft | None = None
     rents: bool = False
     falls_back: bool = True
@@ -62,9 +64,10 @@ class StudyOptions:
     def __post_init__(self) -> None:
         if not self.capacity or not self.policies or not self.rate_scales:
             raise ConfigError("a study needs a capacity trace, a policy and a rate")
-        if self.repeats < 1 or self.jobs < 1 or self.max_batch < 1:
+        if self.repeats < 1 or min(self.jobs, self.max_batch, self.step_tokens) < 1:
             raise ConfigError(
-                f"repeat={self.repeats}, jobs={self.jobs}, max_batch={self.max_batch}: expected whole numbers from 1 on"
+                f"repeat={self.repeats}, jobs={self.jobs}, max_batch={self.max_batch}, step_tokens={self.step_tokens}: "
+                "expected whole numbers from 1 on"
             )
         for name in self.policies:
             policy_named(name)
@@ -133,6 +136,7 @@ def scenario_of(options: StudyOptions, fleet: CapacityTrace, load: RequestTrace,
         objectives=options.objectives,
         limits=options.limits,
         max_batch=options.max_batch,
+        step_tokens=options.step_tokens,
         draft=options.draft,
         grace_s=scaling.grace_s,
         rents=options.rents,

@@ -8,7 +8,6 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from spotserve.controller.proposals import EngineTerms
 from spotserve.core.cluster import InstanceState, Notice, ReplicaState
 from spotserve.core.errors import ConfigError
 from spotserve.core.messages import (
@@ -422,7 +421,7 @@ def scenario(
 
 @pytest.mark.parametrize(("model", "machines"), [("llama-3-8b", 1), ("llama-3-70b", 2)])
 def test_a_replica_is_the_quickest_shape_on_as_few_machines_as_hold_it(model: str, machines: int) -> None:
-    kind = replica_kind(replace(scenario([]), model=named_model(model)), EngineTerms(32), LOAD)
+    kind = replica_kind(replace(scenario([]), model=named_model(model)), LOAD)
     assert kind.num_machines == machines
     assert (machines - 1) * 4 < kind.parallel.num_slots <= machines * 4 and kind.parallel.tensor == 4
 
@@ -430,7 +429,7 @@ def test_a_replica_is_the_quickest_shape_on_as_few_machines_as_hold_it(model: st
 def test_a_model_that_fits_nowhere_is_an_error() -> None:
     given = replace(scenario([]), model=named_model("llama-3-70b"), most_machines=1)
     with pytest.raises(ConfigError, match="fits no replica of up to 1 machines"):
-        replica_kind(given, EngineTerms(32), LOAD)
+        replica_kind(given, LOAD)
 
 
 @dataclass(frozen=True)
@@ -453,7 +452,7 @@ class Fake:
 @pytest.mark.parametrize("rate_rps", [0.001, 0.3, 1.0, 4.0])
 def test_there_are_so_many_that_none_is_busier_than_it_should_be(rate_rps: float) -> None:
     load, fake = replace(LOAD, rate_rps=rate_rps), Fake()
-    kind = replica_kind(scenario([]), EngineTerms(4, speed_of=lambda parallel, machine: fake), load)
+    kind = replica_kind(scenario([], max_batch=4, speed_of=lambda parallel, machine: fake), load)
     number = num_target(kind, load)
     assert latency([fake] * number, load).utilisation <= TARGET_UTILISATION + 1e-9
     assert number == 1 or latency([fake] * (number - 1), load).utilisation > TARGET_UTILISATION
