@@ -31,7 +31,7 @@ def adopt(fleet: Fleet, event: Registered, now_s: float) -> list[Deactivate]:
             ]
             continue
         if known is None:
-            known = Replica(planned, {}, complete_by_s=now_s + COMPLETE_WITHIN_S)
+            known = Replica(planned, {}, begun_s=now_s, complete_by_s=now_s + COMPLETE_WITHIN_S)
             fleet.replicas[planned.replica_id] = known
         known.learn(held)
         for slot in held:

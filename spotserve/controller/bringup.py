@@ -105,12 +105,14 @@ def _in_order(sourced: Mapping[Flow, Sourced], timed: Schedule, fleet: Fleet) ->
     return {device: tuple(listed) for device, listed in transfers.items()}
 
 
-def bring_up(fleet: Fleet, planned: Sequence[ReplicaPlan], arrangement: Arrangement, plan_epoch: int) -> list[Activate]:
+def bring_up(
+    fleet: Fleet, planned: Sequence[ReplicaPlan], arrangement: Arrangement, plan_epoch: int, now_s: float
+) -> list[Activate]:
     """Adds replicas to the fleet where `arrangement` has them; what their devices are told."""
     commands = []
     for replica in planned:
         placed = {slot: arrangement.placement.devices[slot] for slot in replica.slots}
-        fleet.replicas[replica.replica_id] = Replica(replica, placed)
+        fleet.replicas[replica.replica_id] = Replica(replica, placed, begun_s=now_s)
         members = tuple(Member(slot, device, fleet.rank_of(device)) for slot, device in placed.items())
         commands += [
             Activate(

@@ -208,11 +208,13 @@ class Hedging:
         ]
 
     def _measure_starts(self) -> None:
-        """How long machines that serve by now took from being asked for."""
+        """How long machines that serve by now took: from being asked for to taking commands, and from being wanted by a plan to
+        serving. A spare that waited in between was not slow."""
         for replica in self._fleet.in_state(ReplicaState.SERVING):
             for instance_id in replica.instance_ids:
-                if (asked_s := self._asked_s.pop(instance_id, None)) is not None:
-                    self._starts_s.append(replica.serving_since_s - asked_s)
+                asked_s, ready_s = self._asked_s.pop(instance_id, None), self._fleet.instances[instance_id].ready_s
+                if asked_s is not None and ready_s is not None:
+                    self._starts_s.append(ready_s - asked_s + replica.serving_since_s - max(ready_s, replica.begun_s))
 
 
 def policy_of(settings: ControllerSettings) -> HedgePolicy:

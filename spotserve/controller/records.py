@@ -88,6 +88,8 @@ class Replica:
     """In the order of slots; see `learn`."""
     state: ReplicaState = ReplicaState.LOADING
     ready_slots: set[Slot] = field(default_factory=set)
+    begun_s: float = 0.0
+    """When its slots were told to come up, or heard of when another controller had told them."""
     serving_since_s: float = 0.0
     leaving: Leaving | None = None
     """Set while it drains."""

@@ -102,7 +102,7 @@ class Recut:
             and (replica.state is ReplicaState.SERVING or (replica.leaving is not None and not replica.leaving.is_told))
         ]
         arrangement = arrange(self._fleet, missing, free, now_s=now_s)
-        activations = bring_up(self._fleet, missing, arrangement, target.epoch)
+        activations = bring_up(self._fleet, missing, arrangement, target.epoch, now_s)
         if missing:
             self.arrangement = arrangement
         if target is not self.plan and (missing or outgoing):

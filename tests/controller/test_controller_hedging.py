@@ -328,6 +328,24 @@ def test_exposure_is_what_start_ups_and_warnings_have_been() -> None:
     assert hedging.exposed_s == pytest.approx(20.0)  # (40 + 60) / 2 - 30
 
 
+def test_a_spare_that_waited_was_not_slow() -> None:
+    world = held(2, planning="shape", data=1)
+    hedging = world.state.hedging
+    assert hedging is not None
+    world.now_s += 39.0
+    world.provide_all()
+    leap(world, 1.0)
+    (replica,) = world.serving()
+    for _ in range(10):
+        leap(world, 100.0)
+    serving_id = world.state.replicas[replica].instance_ids[0]
+    world.lose(serving_id)
+    world.answer_all()
+    leap(world, 1.0)
+    assert len(world.serving()) == 1
+    assert hedging.exposed_s == pytest.approx(40.0, abs=2.0)
+
+
 def test_the_summary_names_what_is_wanted_and_every_zone() -> None:
     world = World(instances=2)
     assert world.state.hedging is not None
