@@ -64,9 +64,13 @@ class Proposal:
     @property
     def name(self) -> str:
         """Its replicas in a few letters."""
-        cuts = Counter([(each.parallel.pipeline, each.parallel.tensor) for each in self.replicas])
-        shapes = {f"(P={pipeline}, M={tensor})": number for (pipeline, tensor), number in cuts.items()}
-        return " + ".join(f"{number} x {shape}" for shape, number in sorted(shapes.items())) or "nothing"
+        return shapes_text(self.replicas)
+
+
+def shapes_text(replicas: Sequence[ReplicaPlan]) -> str:
+    """Replicas in a few letters, such as `2 x (P=2, M=8)`."""
+    cuts = Counter((each.parallel.pipeline, each.parallel.tensor) for each in replicas)
+    return " + ".join(f"{number} x (P={pipeline}, M={tensor})" for (pipeline, tensor), number in sorted(cuts.items())) or "nothing"
 
 
 @dataclass(frozen=True, slots=True)

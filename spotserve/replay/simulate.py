@@ -8,13 +8,13 @@ Deterministic: equal scenarios give equal results, to the last bit. No clock, no
 Cost grows with requests and fleet events, not with tokens or seconds, but for heartbeats: machines send one in three seconds.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from spotserve.controller.demand import WINDOW_S
-from spotserve.controller.proposals import engine_speed
+from spotserve.controller.proposals import engine_speed, shapes_text
 from spotserve.controller.records import FleetEvent, Replica
 from spotserve.core.cluster import DeviceId, Notice, ReplicaState
 from spotserve.core.messages import (
@@ -426,9 +426,10 @@ class Simulation:
         self._note_serving(sum(route.state is ReplicaState.SERVING for route in table.replicas))
 
     def _new_replica(self, plan: ReplicaPlan, devices: Mapping[Slot, DeviceId]) -> SimulatedReplica:
-        times = token_times(self.speed_of(plan))
+        speed = self._speed_or_not(plan)
+        assert not isinstance(speed, str), "what does not fit is not brought up"
         batch = Batch(
-            times,
+            token_times(speed),
             self._gaps,
             now_s=self._agenda.now_s,
             step_tokens=self._engine.step_tokens,
@@ -436,14 +437,8 @@ class Simulation:
         )
         return SimulatedReplica(plan, devices, batch, self._agenda, self._doings)
 
-    def speed_of(self, plan: ReplicaPlan) -> ReplicaSpeed:
-        """How fast a replica is."""
-        speed = self._speed_or_not(plan)
-        assert not isinstance(speed, str), "what does not fit is not brought up"
-        return speed
-
     def _speed_or_not(self, plan: ReplicaPlan) -> ReplicaSpeed | str:
-        """The same, or why there can be no such replica: who is told a shape may have to make do with one that does not fit."""
+        """How fast a replica is, or why there can be none: who is told a shape may have to make do with one that does not fit."""
         return engine_speed(self._scenario.model, plan.parallel, self._scenario.machine, self._engine)
 
     # ------------------------------------------------------------------ time and heartbeats
@@ -639,9 +634,3 @@ def _after(event: record.FleetEvent, start_s: float) -> record.FleetEvent:
         for name, value in event.details.items()
     }
     return record.FleetEvent(max(0.0, event.time_s - start_s), event.kind, event.instance, details)
-
-
-def shapes_text(replicas: Sequence[ReplicaPlan]) -> str:
-    """Replicas in a few letters, such as `2 x (P=2, M=8)`."""
-    cuts = Counter((each.parallel.pipeline, each.parallel.tensor) for each in replicas)
-    return " + ".join(f"{number} x (P={pipeline}, M={tensor})" for (pipeline, tensor), number in sorted(cuts.items())) or "nothing"

@@ -111,6 +111,15 @@ def test_who_rents_pays_for_fewer_machines_and_serves_all() -> None:
     assert sum(lease.hours for lease in rented.leases) < sum(lease.hours for lease in everything.leases) / 1.5
 
 
+def test_prompts_in_smaller_steps_keep_others_waiting_for_less_and_take_longer() -> None:
+    whole, cut = play(scenario([], initial=1)), play(scenario([], initial=1, step_tokens=20))
+    check(cut, 60)
+    longest_s = [max(each.longest_gap_s for each in replayed.outcomes) for replayed in (whole, cut)]
+    assert longest_s[1] < 0.9 * longest_s[0]
+    ttft_s = [sum(each.ttft_s or 0.0 for each in replayed.outcomes) for replayed in (whole, cut)]
+    assert ttft_s[1] > ttft_s[0]
+
+
 def test_on_demand_machines_are_never_lost_and_cost_more_an_hour() -> None:
     replayed = play(scenario([Take(10.0, "m0", noticed=False)]), "on-demand")
     check(replayed, 60)
