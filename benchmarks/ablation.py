@@ -1,6 +1,6 @@
 """What each part of the controller is worth: it is taken away, and the same traces are played again.
 
-    SPOTSERVE_DATA=../shared/data python benchmarks/ablation.py [--seeds 5] [--models 20B] [--traces A_S,B_S,g4dn] [--json]
+    SPOTSERVE_DATA=~/data python benchmarks/ablation.py [--seeds 5] [--models 20B] [--traces A_S,B_S,g4dn] [--json]
 
 The form of figure 9 of SpotServe's paper, but one part at a time instead of one after the other, and with intervals: each figure is
 the P99 (mean, dollars) without the part over that with it, run by run over seeds of arrivals with a true coefficient of variation

@@ -1,6 +1,6 @@
 """SpotServe's paper, beaten: this project's controller beside the published one, on the same hardware model, traces and requests.
 
-    SPOTSERVE_DATA=../shared/data python benchmarks/bench_replay.py [--seeds 5] [--models 20B] [--traces A_S,g4dn] [--json]
+    SPOTSERVE_DATA=~/data python benchmarks/bench_replay.py [--seeds 5] [--models 20B] [--traces A_S,g4dn] [--json]
 
 Four segments and the whole g4dn trace, three models, arrivals as in the paper (nearly constant) and with a true coefficient of
 variation of 1 and 6, five seeds each. Both get the same measured times of the same machines, the same 30 s of notice, 120 s of

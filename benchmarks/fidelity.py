@@ -1,18 +1,19 @@
 """How far a simulated replay is off: the same traces, simulated and against a local cluster, measure by measure.
 
-    python benchmarks/fidelity.py [--json]          half an hour, on a machine with two cores that does nothing else
+    python benchmarks/fidelity.py [--replicas N] [--json]       half an hour, on a machine with two cores that does nothing else
 
-A cluster of two instances, one processor core each, serves three made traces with machines that are taken, with notice and without,
-three times each in turn: a shared machine is not equally fast all day, and two live runs of one trace differ (`live spread`,
-largest / smallest - 1). The error is simulated / median of the live ones - 1.
+A cluster of two instances serves three made traces with machines that are taken, with notice and without, three times each in turn:
+a shared machine is not equally fast all day, and two live runs of one trace differ (`live spread`, largest / smallest - 1). The
+error is simulated / median of the live ones - 1. One replica serves and the other instance is there to take its place, so that a
+replica has a core of its own, as on a machine of its own. With two, they share two cores with gateway, controller and clients; a
+simulated machine shares nothing.
 
-What a replay is told about machines is measured, as profiles of GPUs are, on other runs of the same cluster: the speed of a replica
-on undisturbed ones before, between and after the others (`fitted_speed`), the time that machines need to start on one in which
-they come and go by the clock. Nothing is fitted to what is judged.
+What a replay is told about machines is measured, as profiles of GPUs are: the speed of the engine alone, before; what the cluster
+adds to it, on undisturbed runs before, between and after the others (`fitted_speed`); the time that machines need to start, on a
+run in which they come and go by the clock. Nothing is fitted to what is judged.
 
-The model is the one that ships with more layers, so that a step is long beside what client and gateway do on the same two cores,
-and small enough that two instances do not wait for one memory. It does not speculate and keeps no prefixes: how often either helps
-depends on the text, which a trace does not have.
+The model is the one that ships with more layers, so that a step is long beside what client and gateway do. It does not speculate
+and keeps no prefixes: how often either helps depends on the text, which a trace does not have.
 """
 
 import argparse
@@ -25,14 +26,14 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import msgspec
-from fitted_speed import FittedSpeed, fit_speed
+from fitted_speed import FittedSpeed, fit_speed, profile
 from rich.console import Console
 from rich.table import Table
 
 from spotserve.bench.enlarged import enlarge
 from spotserve.cli.local import own_cluster
 from spotserve.cli.plan_inputs import read_model
-from spotserve.config import EngineSettings, LocalCloudSettings
+from spotserve.config import DEMO_MODEL, EngineSettings, LocalCloudSettings
 from spotserve.core.hardware import DeviceType, InstanceType, Link
 from spotserve.core.model import ModelSpec
 from spotserve.core.plan import Parallel
@@ -56,7 +57,7 @@ JUDGED_S, CALIBRATION_S, STARTS_S = 120.0, 45.0, 72.0
 SEEDS = (3, 4, 5)
 UNDISTURBED_SEEDS = (12, 13, 14, 17)
 """Of runs between which all traces are served once: three times each."""
-RATE_RPS = 1.5
+RATE_RPS = 1.0
 BURSTS_CV = 4.0
 ENGINE_STEP_TOKENS = EngineSettings().max_step_tokens
 OBJECTIVES = Objectives(ttft_s=0.5, tpot_s=0.05)
@@ -64,8 +65,8 @@ _COMES_AND_GOES = """
     0 +a  0 +b  8 -a 10 +c 18 -b 20 +d 28 -c 30 +e 38 -d 40 +f
     48 -e 48 -f 50 +g 56 -g 58 +h 64 -h 66 +i
 """
-"""Seconds, and who comes or goes: `NUM_BESIDE` machines that start beside another one, then three that start alone."""
-NUM_BESIDE = 4
+"""Seconds, and who comes or goes: who goes first has weights for who takes its place; when all have gone, machines come alone."""
+ALL_GONE_S = 48.0
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class Starts:
     start_up_s: float
     """From its launch until a worker takes commands."""
     beside_s: float
-    """From there until its replica serves, while another one serves, which has the weights."""
+    """From being wanted until it serves, with weights from a machine that is there."""
     alone_s: float
-    """The same when there is no other: weights from files, and both cores."""
+    """The same with weights from files."""
 
 
 def requests_of(seed: int, length_s: float, *, gap_cv: float = 1.0) -> RequestTrace:
@@ -123,7 +124,7 @@ def comes_and_goes(seed: int) -> Timeline:
         CapacityEvent(float(at_s), "add" if who[0] == "+" else "remove", who[1:])
         for at_s, who in zip(words[::2], words[1::2], strict=True)
     ]
-    scaling = Scaling(grace_s=0.0, duration_s=STARTS_S)
+    scaling = Scaling(grace_s=3.0, notice_share=1.0, duration_s=STARTS_S)
     return merge(CapacityTrace(tuple(events), "made"), requests_of(seed, STARTS_S), scaling)
 
 
@@ -132,16 +133,18 @@ def starts_of(run: RunRecord) -> Starts:
     seen: dict[str, dict[str, float]] = {}
     for event in run.fleet_events:
         if event.instance is not None:
-            seen.setdefault(event.instance, {}).setdefault(event.kind, event.time_s)
-    machines = sorted(
-        (kinds for kinds in seen.values() if {"launched", "ready"} <= kinds.keys()), key=lambda kinds: kinds["launched"]
-    )
-    brought_up_s = [kinds["ready"] - kinds["registered"] for kinds in machines]
-    return Starts(
-        start_up_s=median(kinds["registered"] - kinds["launched"] for kinds in machines),
-        beside_s=median(brought_up_s[:NUM_BESIDE]),
-        alone_s=median(brought_up_s[NUM_BESIDE:]),
-    )
+            seen.setdefault(event.instance, {}).setdefault(event.kind, event.time_s - run.started_s)
+    goings_s = [(instance, kinds[kind]) for instance, kinds in seen.items() for kind in ("notice", "lost") if kind in kinds]
+    start_ups_s, besides_s, alones_s = [], [], []
+    for instance, kinds in seen.items():
+        if "registered" in kinds:
+            start_ups_s.append(kinds["registered"] - kinds["launched"])
+        if "ready" in kinds:
+            began_s = max(
+                kinds.get("registered", 0.0), *(at_s for who, at_s in goings_s if who != instance and at_s < kinds["ready"])
+            )
+            (alones_s if kinds.get("launched", 0.0) > ALL_GONE_S else besides_s).append(kinds["ready"] - began_s)
+    return Starts(median(start_ups_s), median(besides_s), median(alones_s))
 
 
 async def run_live(url: str, secret: str, timelines: Sequence[Timeline]) -> list[RunRecord]:
@@ -161,6 +164,7 @@ class World:
 
     model: ModelSpec
     starts: Starts
+    replicas: int
 
     def play(self, timeline: Timeline, speed: FittedSpeed) -> Replayed:
         """The same timeline without machines."""
@@ -185,7 +189,7 @@ class World:
             max_batch=speed.max_batch,
             step_tokens=ENGINE_STEP_TOKENS,
         )
-        settings = {"planning": "shape", "pipeline": 1, "tensor": 1}
+        settings = {"planning": "shape", "data": self.replicas, "pipeline": 1, "tensor": 1}
         return play_production(scenario, show_nothing, policy="spotserve", settings=settings)
 
 
@@ -215,11 +219,13 @@ def itinerary() -> list[Timeline]:
     return timelines
 
 
-def serve_live(model_folder: Path) -> list[RunRecord]:
+def serve_live(settings: EngineSettings, replicas: int, folder: Path) -> list[RunRecord]:
     """The itinerary against a cluster of its own."""
-    enlarge(DEMO_FOLDER, model_folder, hidden_size=256, layers=16, intermediate_size=768, heads=8, dtype="float32")
-    config = model_folder / "settings.toml"
-    config.write_text(f'[engine]\nmodel = "{model_folder}"\ndtype = "float32"\nspeculation = "off"\nprefix_cache = false\n')
+    config = folder / "settings.toml"
+    config.write_text(
+        f'[engine]\nmodel = "{settings.model}"\ndtype = "{settings.dtype}"\nspeculation = "off"\nprefix_cache = false\n'
+        f'[controller]\nplanning = "shape"\ndata = {replicas}\n'
+    )
     with own_cluster(0, INSTANCES, config) as (url, secret):
         return asyncio.run(run_live(url, secret, itinerary()))
 
@@ -251,12 +257,14 @@ class Compared:
         return self.known[-1] / self.known[0] - 1 if self.known and self.known[0] else None
 
 
-def compare(model: ModelSpec, runs: Sequence[RunRecord]) -> tuple[World, FittedSpeed, list[Compared]]:
+def compare(
+    model: ModelSpec, alone: FittedSpeed, replicas: int, runs: Sequence[RunRecord]
+) -> tuple[World, FittedSpeed, list[Compared]]:
     """The judged runs of an itinerary against their simulations, and what these were told."""
     timelines = [as_sent(timeline, run) for timeline, run in zip(itinerary(), runs, strict=True)]
-    world = World(model, starts_of(runs[0]))
+    world = World(model, starts_of(runs[0]), replicas)
     period = len(SEEDS) + 1
-    speed = fit_speed([(timelines[place], runs[place]) for place in range(1, len(runs), period)], world.play)
+    speed = fit_speed(alone, [(timelines[place], runs[place]) for place in range(1, len(runs), period)], world.play)
     rows = []
     for number in range(len(SEEDS)):
         places = range(2 + number, len(runs), period)
@@ -269,17 +277,32 @@ def compare(model: ModelSpec, runs: Sequence[RunRecord]) -> tuple[World, FittedS
 def main() -> None:
     """Prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", type=int, choices=(1, 2), default=1, help="that serve; 2: on the same two cores as all else")
     parser.add_argument("--json", action="store_true", help="for scripts")
-    as_json = parser.parse_args().json
+    arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        runs = serve_live(Path(folder))
-        world, speed, rows = compare(read_model(folder, "float32"), runs)
-    if as_json:
-        print(json.dumps({"starts": asdict(world.starts), "speed": asdict(speed), "rows": [asdict(row) for row in rows]}))
+        settings = make_model(Path(folder))
+        alone = profile(settings)
+        runs = serve_live(settings, arguments.replicas, Path(folder))
+        world, speed, rows = compare(read_model(folder, settings.dtype), alone, arguments.replicas, runs)
+    if arguments.json:
+        told = {
+            "starts": asdict(world.starts),
+            "alone": asdict(alone),
+            "speed": asdict(speed),
+            "rows": [asdict(row) for row in rows],
+        }
+        print(json.dumps(told))
         return
     console = Console(width=120)
-    console.print(world.starts, speed)
+    console.print(world.starts, "engine alone:", alone, "in the cluster:", speed)
     console.print(table_of(rows))
+
+
+def make_model(folder: Path) -> EngineSettings:
+    """The model that ships with more layers, and what it is served with."""
+    enlarge(DEMO_MODEL, folder, hidden_size=256, layers=16, intermediate_size=768, heads=8, dtype="float32")
+    return EngineSettings(model=str(folder), dtype="float32", speculation="off", prefix_cache=False)
 
 
 def table_of(rows: Sequence[Compared]) -> Table:
@@ -301,7 +324,6 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:+.1f} %"
 
 
-DEMO_FOLDER = Path(__file__).parents[1] / "spotserve" / "demo" / "models" / "target"
 BUILD_S = 0.3
 """Of bringing up, what neither sending nor reading takes; only their sums are measured."""
 CORE = InstanceType(

@@ -1,6 +1,6 @@
 """SpotServe's paper, reproduced: its policy and its baselines on its own traces, beside what it published.
 
-    SPOTSERVE_DATA=../shared/data python benchmarks/paper.py [--json]
+    SPOTSERVE_DATA=~/data python benchmarks/paper.py [--json]
 
 Latencies of GPT-20B are those that the artifact's plot scripts hold, factors for the other models those printed in figure 6, cost
 per token that of figure 7 (prompt and output tokens, requests that are answered within the trace). P99 is the value at place

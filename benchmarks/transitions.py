@@ -1,6 +1,6 @@
 """Every transition of real spot traces, policy beside policy: dollars, modelled latency, bytes moved, makespan.
 
-    SPOTSERVE_DATA=../shared/data python benchmarks/transitions.py
+    SPOTSERVE_DATA=~/data python benchmarks/transitions.py
     python benchmarks/transitions.py --models 20B --traces B_S --each
     python benchmarks/transitions.py --json
 
