@@ -26,6 +26,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import msgspec
+from fidelity_traces import ALL_GONE_S, INSTANCES, SEEDS, itinerary
 from fitted_speed import FittedSpeed, fit_speed, profile
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +41,6 @@ from spotserve.core.plan import Parallel
 from spotserve.planner.speed import ReplicaSpeed
 from spotserve.replay import live
 from spotserve.replay.comparison import FIDELITY
-from spotserve.replay.generate import FleetModel, LoadModel, fleet_events, load_requests
 from spotserve.replay.lived import lived
 from spotserve.replay.measures import Measures, measure
 from spotserve.replay.ours import play_production
@@ -49,24 +49,12 @@ from spotserve.replay.record import RunRecord
 from spotserve.replay.run import ReplayOptions, connected, driven_by_trace
 from spotserve.replay.scenario import Delays, Prices, Scenario, show_nothing
 from spotserve.replay.summary import Objectives
-from spotserve.replay.timeline import Action, Arrive, Scaling, Timeline, merge
-from spotserve.replay.trace import CapacityEvent, CapacityTrace, RequestTrace
+from spotserve.replay.timeline import Action, Arrive, Timeline
 
-INSTANCES = 2
-JUDGED_S, CALIBRATION_S, STARTS_S = 120.0, 45.0, 72.0
-SEEDS = (3, 4, 5)
-UNDISTURBED_SEEDS = (12, 13, 14, 17)
-"""Of runs between which all traces are served once: three times each."""
-RATE_RPS = 1.0
-BURSTS_CV = 4.0
+RATES_RPS = {1: 1.0, 2: 1.5}
+"""By the number of replicas."""
 ENGINE_STEP_TOKENS = EngineSettings().max_step_tokens
 OBJECTIVES = Objectives(ttft_s=0.5, tpot_s=0.05)
-_COMES_AND_GOES = """
-    0 +a  0 +b  8 -a 10 +c 18 -b 20 +d 28 -c 30 +e 38 -d 40 +f
-    48 -e 48 -f 50 +g 56 -g 58 +h 64 -h 66 +i
-"""
-"""Seconds, and who comes or goes: who goes first has weights for who takes its place; when all have gone, machines come alone."""
-ALL_GONE_S = 48.0
 
 
 @dataclass(frozen=True)
@@ -79,53 +67,6 @@ class Starts:
     """From being wanted until it serves, with weights from a machine that is there."""
     alone_s: float
     """The same with weights from files."""
-
-
-def requests_of(seed: int, length_s: float, *, gap_cv: float = 1.0) -> RequestTrace:
-    """Prompts some four times as long as answers, as in the Azure trace of conversations."""
-    load = LoadModel(
-        duration_s=length_s,
-        rate_per_s=RATE_RPS,
-        arrivals="gamma",
-        gap_cv=gap_cv,
-        prompt_median=400,
-        prompt_low=150,
-        prompt_high=750,
-        output_median=100,
-        output_low=40,
-        output_high=200,
-        length_sigma=0.4,
-        seed=seed,
-    )
-    return RequestTrace(load_requests(load), "made")
-
-
-def judged(seed: int) -> Timeline:
-    """Two minutes of requests on machines that live 40 seconds in the mean; half of the losses have three seconds of notice."""
-    model = FleetModel(
-        instances=INSTANCES, duration_s=JUDGED_S, mean_life_s=40, mean_restock_s=5, keep=0, bulk_share=0.0, seed=seed
-    )
-    scaling = Scaling(grace_s=3.0, notice_share=0.5, duration_s=JUDGED_S, seed=seed)
-    return merge(CapacityTrace(fleet_events(model), "made"), requests_of(seed, JUDGED_S), scaling)
-
-
-def undisturbed(seed: int) -> Timeline:
-    """Machines that stay, and bursts of requests: batches of all sizes that losses will lead to."""
-    stays = tuple(CapacityEvent(0.0, "add", f"i{number}") for number in range(INSTANCES))
-    return merge(
-        CapacityTrace(stays, "made"), requests_of(seed, CALIBRATION_S, gap_cv=BURSTS_CV), Scaling(duration_s=CALIBRATION_S)
-    )
-
-
-def comes_and_goes(seed: int) -> Timeline:
-    """Machines that start where something else serves, and where nothing does."""
-    words = _COMES_AND_GOES.split()
-    events = [
-        CapacityEvent(float(at_s), "add" if who[0] == "+" else "remove", who[1:])
-        for at_s, who in zip(words[::2], words[1::2], strict=True)
-    ]
-    scaling = Scaling(grace_s=3.0, notice_share=1.0, duration_s=STARTS_S)
-    return merge(CapacityTrace(tuple(events), "made"), requests_of(seed, STARTS_S), scaling)
 
 
 def starts_of(run: RunRecord) -> Starts:
@@ -211,14 +152,6 @@ def measured(run: RunRecord, timeline: Timeline) -> Measures:
     return measure(lived(run, LocalCloudSettings(), duration_s=timeline.duration_s, seed=0), OBJECTIVES)
 
 
-def itinerary() -> list[Timeline]:
-    """What the cluster serves, in turn: starts; then all traces that are judged, again and again, between undisturbed runs."""
-    timelines = [comes_and_goes(1), undisturbed(UNDISTURBED_SEEDS[0])]
-    for seed in UNDISTURBED_SEEDS[1:]:
-        timelines += [*(judged(each) for each in SEEDS), undisturbed(seed)]
-    return timelines
-
-
 def serve_live(settings: EngineSettings, replicas: int, folder: Path) -> list[RunRecord]:
     """The itinerary against a cluster of its own."""
     config = folder / "settings.toml"
@@ -227,7 +160,7 @@ def serve_live(settings: EngineSettings, replicas: int, folder: Path) -> list[Ru
         f'[controller]\nplanning = "shape"\ndata = {replicas}\n'
     )
     with own_cluster(0, INSTANCES, config) as (url, secret):
-        return asyncio.run(run_live(url, secret, itinerary()))
+        return asyncio.run(run_live(url, secret, itinerary(RATES_RPS[replicas])))
 
 
 @dataclass(frozen=True)
@@ -261,7 +194,7 @@ def compare(
     model: ModelSpec, alone: FittedSpeed, replicas: int, runs: Sequence[RunRecord]
 ) -> tuple[World, FittedSpeed, list[Compared]]:
     """The judged runs of an itinerary against their simulations, and what these were told."""
-    timelines = [as_sent(timeline, run) for timeline, run in zip(itinerary(), runs, strict=True)]
+    timelines = [as_sent(timeline, run) for timeline, run in zip(itinerary(RATES_RPS[replicas]), runs, strict=True)]
     world = World(model, starts_of(runs[0]), replicas)
     period = len(SEEDS) + 1
     speed = fit_speed(alone, [(timelines[place], runs[place]) for place in range(1, len(runs), period)], world.play)
