@@ -59,15 +59,19 @@ class Flow:
     @property
     def ports(self) -> tuple[Port, Port]:
         """The side that sends and the side that receives."""
-        source, destination = (
-            (end.instance_id, end.index if self.is_inside else _NETWORK) for end in (self.source, self.destination)
-        )
-        return ("out", *source), ("in", *destination)
+        return ports_between(self.source, self.destination)
 
     def seconds(self, links: Mapping[str, InstanceLinks]) -> float:
         """Time that it takes its ports, at the speed of the slower one."""
         ends = [links[end.instance_id] for end in (self.source, self.destination)]
         return max((each.inside if self.is_inside else each.network).seconds(self.num_bytes) for each in ends)
+
+
+def ports_between(source: DeviceId, destination: DeviceId) -> tuple[Port, Port]:
+    """The side that sends and the side that receives: of devices within an instance, of the instances' networks otherwise."""
+    is_inside = source.instance_id == destination.instance_id
+    out, into = ((end.instance_id, end.index if is_inside else _NETWORK) for end in (source, destination))
+    return ("out", *out), ("in", *into)
 
 
 KV, WEIGHTS = 0, 1

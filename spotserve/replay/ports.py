@@ -9,9 +9,7 @@ from collections import defaultdict
 
 from spotserve.core.cluster import DeviceId
 from spotserve.core.hardware import InstanceType
-from spotserve.migration.flows import Port
-
-_NETWORK = -1
+from spotserve.migration.flows import Port, ports_between
 
 
 class Ports:
@@ -25,14 +23,14 @@ class Ports:
 
     def earliest_s(self, source: DeviceId, destination: DeviceId, now_s: float) -> float:
         """When a flow could begin."""
-        out, into = _sides(source, destination)
+        out, into = ports_between(source, destination)
         return max(now_s, self._free_s[out], self._free_s[into])
 
     def send(self, source: DeviceId, destination: DeviceId, num_bytes: float, now_s: float) -> float:
         """Takes both sides for one flow, from when both are free; when it ends."""
         if self._at_once:
             return now_s
-        out, into = _sides(source, destination)
+        out, into = ports_between(source, destination)
         link = self._machine.device_link if source.instance_id == destination.instance_id else self._machine.network
         end_s = max(now_s, self._free_s[out], self._free_s[into]) + link.seconds(num_bytes)
         self._free_s[out] = self._free_s[into] = end_s
@@ -42,11 +40,3 @@ class Ports:
         """A machine is gone."""
         for port in [port for port in self._free_s if port[1] == instance_id]:
             del self._free_s[port]
-
-
-def _sides(source: DeviceId, destination: DeviceId) -> tuple[Port, Port]:
-    inside = source.instance_id == destination.instance_id
-    return (
-        ("out", source.instance_id, source.index if inside else _NETWORK),
-        ("in", destination.instance_id, destination.index if inside else _NETWORK),
-    )
